@@ -1,0 +1,1 @@
+"""Recordings in, labelled waveforms out."""

@@ -1,0 +1,56 @@
+"""Read one recording as 16 kHz mono int16, or say what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import torch
+import torchaudio.functional
+
+from raysv.config import SAMPLE_RATE
+
+AUDIO_SUFFIXES = (".wav", ".flac")
+FULL_SCALE = 32768  # int16 samples divided by it lie in [-1, 1)
+
+Waveform = npt.NDArray[np.int16]
+
+
+class BadAudio(ValueError):  # noqa: N818, it is the audio that is bad
+    """A recording that cannot be used; the message says why, the caller knows which one."""
+
+
+def read_audio(path: Path) -> Waveform:
+    """The first channel of a WAV or FLAC file, at 16 kHz.
+
+    Returns: `(samples,)` int16; exactly the file's own samples where it holds 16-bit audio at 16 kHz.
+    Raises: BadAudio for a file that is missing, unreadable, empty, silent, or has samples that are not finite.
+    """
+    if not path.is_file():
+        raise BadAudio("there is no such file")
+    try:
+        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise BadAudio(f"it cannot be read as audio ({error})") from error
+    if not len(samples):
+        raise BadAudio("it has no samples")
+    channel = samples[:, 0]
+    if not np.isfinite(channel).all():
+        raise BadAudio("it has samples that are not finite (NaN or infinity)")
+    if rate != SAMPLE_RATE:
+        channel = torchaudio.functional.resample(torch.from_numpy(channel.copy()), rate, SAMPLE_RATE).numpy()
+    waveform = np.clip(np.rint(channel * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+    if not len(waveform):
+        raise BadAudio("it has no samples at 16 kHz")
+    if int(waveform.max()) - int(waveform.min()) <= 1:  # a constant offset, or the flicker of the last bit
+        raise BadAudio("it is silent from beginning to end")
+    return waveform
+
+
+def take(waveform: Waveform, start: int, length: int) -> Waveform:
+    """`length` samples from `start`, going round to the beginning where the recording ends."""
+    if start + length <= len(waveform):
+        return waveform[start : start + length]
+    return np.take(waveform, np.arange(start, start + length), mode="wrap")

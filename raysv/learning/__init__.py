@@ -1,0 +1,1 @@
+"""Labelled views in, trained encoder out: plain PyTorch."""

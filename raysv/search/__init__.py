@@ -1,0 +1,1 @@
+"""Search space in, best config out: only here Ray, Optuna and MLflow."""

@@ -1,0 +1,1 @@
+"""Embeddings and pairs in, error rates out."""
