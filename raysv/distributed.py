@@ -42,70 +42,107 @@ def gather(rows: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, rows: Tensor) -> Tensor:
-        counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-        counts[rank()] = rows.shape[0]
-        dist.all_reduce(counts)
-        sizes = counts.tolist()
+        count = torch.tensor([rows.shape[0]], device=rows.device)
+        sizes = torch.cat(_parts(count)).tolist()
         context.start, context.length = sum(sizes[: rank()]), rows.shape[0]
-        largest = max(sizes)
-        padded = rows.new_zeros((largest, *rows.shape[1:]))
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return torch.cat([part[:size] for part, size in zip(_parts(padded), sizes, strict=True)])
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous().clone()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total[context.start : context.start + context.length]
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Every worker's tensor, all of one shape."""
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return parts
 
 
 class BatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over the batches of all workers together, on CPU and GPU; alone, PyTorch's own.
 
-    Takes `(batch, channels)` or `(batch, channels, time)`. PyTorch's SyncBatchNorm needs a GPU, hence this one. The
-    workers' means and variances are merged by the parallel formula of Chan et al. 1979, stable where sums of squares
-    are not.
+    Takes `(batch, channels)` or `(batch, channels, time)`; a worker's batch may be empty. PyTorch's SyncBatchNorm
+    needs a GPU, hence this one.
     """
 
     def forward(self, values: Tensor) -> Tensor:
         """Normalise each channel by the statistics of the global batch (training) or by the running ones (eval)."""
         if not self.training or world_size() == 1:
             return super().forward(values)
-        axes = [axis for axis in range(values.dim()) if axis != 1]
-        count = values.numel() // values.shape[1]
-        exact = values.float()
-        local_variance, local_mean = torch.var_mean(exact, dim=axes, correction=0)
-        counts = torch.full_like(local_mean, count)
-        statistics = gather(torch.stack([local_mean, local_variance, counts])[None])
-        means, variances, weights = statistics[:, 0], statistics[:, 1], statistics[:, 2].detach()
-        total = weights.sum(0)
-        mean = (weights * means).sum(0) / total
-        variance = (weights * (variances + (means - mean).square())).sum(0) / total
-        self._follow(mean.detach(), variance.detach() * total / (total - 1))
-        return _normalise(exact, mean, variance, self.weight, self.bias, self.eps).to(values.dtype)
-
-    def _follow(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        normalised, mean, unbiased_variance = _Normalise.apply(values, self.weight, self.bias, self.eps)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(unbiased_variance, self.momentum)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        self.num_batches_tracked.add_(1)
+        return normalised
 
 
-def _normalise(values: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    shape = [1, -1] + [1] * (values.dim() - 2)
-    scale = weight * torch.rsqrt(variance + eps)
-    return torch.addcmul((bias - mean * scale).view(shape), values, scale.view(shape))
+class _Normalise(torch.autograd.Function):
+    """BatchNorm with one exchange forward and one backward; also returns the statistics, for the running ones.
+
+    The workers' means and variances are merged by the parallel formula of Chan et al. 1979, stable where sums of
+    squares are not. With x̂ the normalised values and ⟨·⟩ the mean over the global batch, the gradient is
+    weight/σ · (g − ⟨g⟩ − x̂⟨g·x̂⟩).
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, values: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        axes = [axis for axis in range(values.dim()) if axis != 1]
+        exact = values.float()
+        count = values.numel() // values.shape[1]
+        local_mean = exact.sum(axes) / max(count, 1)
+        local_squares = (exact - _per_channel(local_mean, exact)).square().sum(axes)
+        means, squares, counts = torch.stack(
+            _parts(torch.stack([local_mean, local_squares, torch.full_like(local_mean, count)]))
+        ).unbind(1)
+
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        squares = (squares + counts * (means - mean).square()).sum(0)
+        inverse = torch.rsqrt(squares / total + eps)
+        context.save_for_backward(values, weight, mean, inverse, total)
+        unbiased_variance = squares / (total - 1).clamp(min=1)
+        context.mark_non_differentiable(mean, unbiased_variance)
+
+        scale = weight * inverse
+        shift = bias - mean * scale
+        normalised = torch.addcmul(_per_channel(shift, exact), exact, _per_channel(scale, exact))
+        return normalised.to(values.dtype), mean, unbiased_variance
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        values, weight, mean, inverse, total = context.saved_tensors
+        gradient = gradients[0].float()
+        axes = [axis for axis in range(values.dim()) if axis != 1]
+        whitened = (values.float() - _per_channel(mean, values)) * _per_channel(inverse, values)
+        for_bias = gradient.sum(axes)
+        for_weight = (gradient * whitened).sum(axes)
+        sums = torch.stack([for_bias, for_weight])
+        dist.all_reduce(sums)
+        shared_bias, shared_weight = (_per_channel(part, values) for part in sums / total)
+        centred = gradient - torch.addcmul(shared_bias, whitened, shared_weight)
+        for_values = centred * _per_channel(weight * inverse, values)
+        return for_values.to(values.dtype), for_weight, for_bias, None
+
+
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view([1, -1] + [1] * (like.dim() - 2))
 
 
 def average(value: float) -> float:
     """The mean over workers of a number that each of them has."""
     if world_size() == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64)
-    return float(gather(total[None]).mean())
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL moves nothing that is not on a GPU
+    return torch.cat(_parts(torch.tensor([value], dtype=torch.float64, device=device))).mean().item()
 
 
 def wrap(module: nn.Module) -> nn.Module:

@@ -1,0 +1,209 @@
+"""The loop: views in, gradients through the encoder, dev pairs after every epoch.
+
+`fit` runs anywhere: alone, or as one of several DDP workers whose process group somebody else has started. Results
+leave through `report`; nothing here knows of Ray or MLflow.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysv.config import Config
+from raysv.corpus.loading import Corpus, load_corpus
+from raysv.distributed import gather, rank, wrap
+from raysv.learning.checkpoint import Standing, load_training_state, save_checkpoint
+from raysv.learning.losses import AAMSupCon, Losses
+from raysv.learning.views import Batch, ViewBatches, loader, make_views
+from raysv.speech.encoder import SpeakerEncoder
+from raysv.speech.features import BandMasks
+from raysv.verification.evaluation import evaluate
+
+Metrics = dict[str, float]
+Report = Callable[[Metrics, Path | None], None]
+
+CHECK_STEPS = 50  # how often the loss is looked at; every look makes a GPU wait for Python
+
+
+class DivergedError(RuntimeError):
+    """The loss is no number any more; no further epoch can mend it."""
+
+
+class Learner(nn.Module):
+    """What is trained: the encoder and the class weights, from a worker's batch to the loss of the global one."""
+
+    def __init__(self, config: Config, num_speakers: int) -> None:
+        super().__init__()
+        self.encoder = SpeakerEncoder(config.model)
+        self.loss = AAMSupCon(config.loss, num_speakers, config.model.embedding_dim)
+
+    def forward(self, batch: Batch) -> Losses:
+        """The losses of all workers' views together, the same on every worker."""
+        masks = BandMasks(*batch.masks.unbind(-1))
+        embeddings = self.encoder(make_views(batch), masks=masks).unflatten(0, (-1, batch.views))
+        return self.loss(gather(embeddings.float()), gather(batch.speakers))
+
+
+def fit(
+    config: Config,
+    report: Report,
+    *,
+    device: torch.device | None = None,
+    resume: Path | None = None,
+    tests: bool = False,
+) -> None:
+    """Train one configuration.
+
+    Args:
+        report: called by every worker after every epoch with its metrics and, on the first worker, a folder that
+            holds the checkpoint until the call returns. `dev/eer` among the metrics is the error rate to be judged by.
+        device: where to compute; the CPU if not given.
+        resume: a checkpoint of this configuration to go on from.
+        tests: whether to evaluate the test lists too, once, after the last epoch.
+
+    Raises: DivergedError when the loss becomes infinite or no number; ValueError when the data do not fit.
+    """
+    device = device or torch.device("cpu")
+    corpus = load_corpus(config.data, config.augment, tests=tests)
+    run = _Run(config, corpus, device)
+    history = run.restore(resume) if resume else []
+    if len(history) >= config.training.epochs:
+        report(history[-1], None)  # it was complete; who asked again still wants to know how it ended
+        return
+    batches = iter(
+        loader(run.batches, len(history) + 1, config.training.epochs, _loader_workers(config, device), pin=run.on_gpu)
+    )
+    for epoch in range(len(history) + 1, config.training.epochs + 1):
+        metrics = run.train_epoch(epoch, batches)
+        dev = evaluate(run.learner.encoder, corpus.dev)
+        metrics |= dev.metrics("dev")
+        if tests and epoch == config.training.epochs:
+            for name, pairs in corpus.tests.items():
+                metrics |= evaluate(run.learner.encoder, pairs).metrics(name)
+        history.append(metrics)
+        if rank() > 0:
+            report(metrics, None)
+            continue
+        with tempfile.TemporaryDirectory(prefix="raysv-checkpoint-") as folder:
+            standing = Standing(config, history, dev, len(corpus.train.speakers), corpus.digest)
+            save_checkpoint(Path(folder), standing, run.learner.encoder, run.state())
+            report(metrics, Path(folder))
+
+
+class _Run:
+    """A learner with its optimiser and batches, between two epochs."""
+
+    def __init__(self, config: Config, corpus: Corpus, device: torch.device) -> None:
+        self.config, self.device, self.on_gpu = config, device, device.type == "cuda"
+        self.batches = ViewBatches(config, corpus)
+        torch.manual_seed(config.training.seed)
+        self.learner = Learner(config, len(corpus.train.speakers)).to(device)
+        self.parallel = wrap(self.learner)
+        self.optimizer = _optimizer(config, self.learner)
+        self.precision = compute_dtype(config.training.precision, device)
+
+    def train_epoch(self, epoch: int, batches: Any) -> Metrics:
+        """One pass over the training list; the metrics are means over its steps."""
+        self.learner.train()
+        steps, started = self.batches.steps, time.perf_counter()
+        totals = torch.zeros(len(Losses._fields), device=self.device)
+        for step in range(steps):
+            progress = epoch - 1 + step / steps
+            learning_rate, margin = self._follow_schedules(progress)
+            totals += self._step(next(batches).to(self.device))
+            if (step + 1) % CHECK_STEPS == 0 or step + 1 == steps:
+                self._refuse_divergence(totals, epoch, step + 1)
+        seconds = time.perf_counter() - started
+        losses = dict(zip(Losses._fields, (totals / steps).tolist(), strict=True))
+        return {
+            "epoch": epoch,
+            "loss/total": losses["total"],
+            "loss/aam": losses["aam"],
+            "loss/supcon": losses["supcon"],
+            "train/accuracy": losses["accuracy"],
+            "schedule/learning_rate": learning_rate,
+            "schedule/margin": margin,
+            "speed/views_per_second": steps * self.config.batch.size * self.config.batch.views / seconds,
+            "speed/epoch_seconds": seconds,
+        }
+
+    def _step(self, batch: Batch) -> Tensor:
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            losses = self.parallel(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optimizer.clip_norm)
+        self.optimizer.step()
+        return torch.stack(losses).detach()
+
+    def _follow_schedules(self, progress: float) -> tuple[float, float]:
+        learning_rate = learning_rate_at(self.config, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.learner.loss.margin = margin_at(self.config, progress)
+        return learning_rate, self.learner.loss.margin
+
+    def _refuse_divergence(self, totals: Tensor, epoch: int, step: int) -> None:
+        if not math.isfinite(totals[0].item()):
+            raise DivergedError(
+                f"The loss became {totals[0].item()} in epoch {epoch}, at or before step {step}. Lower "
+                f"optimizer.learning_rate (it is {self.config.optimizer.learning_rate:g}) or lengthen its warm-up."
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What going on needs beside the encoder's weights. Batches follow from the seed and the epoch alone."""
+        return {"loss": self.learner.loss.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, folder: Path) -> list[Metrics]:
+        """Stand where a checkpoint stands; returns the metrics of the epochs before."""
+        encoder, state, history = load_training_state(folder)
+        self.learner.encoder.load_state_dict(encoder)
+        self.learner.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return history
+
+
+def learning_rate_at(config: Config, epochs: float) -> float:
+    """The learning rate after so many epochs: a straight line up, then half a cosine down to the final share."""
+    schedule = config.optimizer
+    if epochs < schedule.warmup_epochs:
+        return schedule.learning_rate * max(epochs, 1e-3) / schedule.warmup_epochs
+    span = max(config.training.epochs - schedule.warmup_epochs, 1e-9)
+    cosine = (1 + math.cos(math.pi * min(1.0, (epochs - schedule.warmup_epochs) / span))) / 2
+    return schedule.learning_rate * (schedule.final_learning_rate + (1 - schedule.final_learning_rate) * cosine)
+
+
+def margin_at(config: Config, epochs: float) -> float:
+    """The margin after so many epochs: a straight line from 0 up to its value."""
+    warmup = config.loss.margin_warmup_epochs
+    return config.loss.margin * (min(1.0, epochs / warmup) if warmup else 1.0)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What autocast computes in: bfloat16 where asked for, or where `auto` meets a GPU that has it."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _optimizer(config: Config, learner: Learner) -> torch.optim.Optimizer:
+    chosen = config.optimizer
+    decayed = [weight for weight in learner.parameters() if weight.dim() > 1]
+    free = [weight for weight in learner.parameters() if weight.dim() <= 1]  # biases and norms
+    groups = [{"params": decayed, "weight_decay": chosen.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    if chosen.name == "sgd":
+        return torch.optim.SGD(groups, chosen.learning_rate, momentum=chosen.momentum, nesterov=chosen.momentum > 0)
+    return torch.optim.AdamW(groups, chosen.learning_rate)
+
+
+def _loader_workers(config: Config, device: torch.device) -> int:
+    if config.data.loader_workers is not None:
+        return config.data.loader_workers
+    return 4 if device.type == "cuda" else 0  # on a CPU the model takes all there is

@@ -1,0 +1,194 @@
+"""Training batches: crops of P × K utterances, and what is to be added to each of their views.
+
+Reading happens here, on the CPU and ahead of time; mixing happens in `make_views`, batched on the worker's device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from raysv.config import SAMPLE_RATE, Config
+from raysv.corpus.audio import FULL_SCALE, take
+from raysv.corpus.loading import Corpus
+from raysv.corpus.sampling import SpeakerBatches
+from raysv.corpus.store import WaveformStore
+from raysv.distributed import shard
+from raysv.speech.augmentation import ADDITIVE, Choices, add_noise, choose, recipe, reverberate
+from raysv.speech.features import MELS, num_frames
+
+RESPONSE_SAMPLES = SAMPLE_RATE  # a room response is cut after this much: later echoes are 60 dB down in most rooms
+
+Floats = npt.NDArray[np.float32]
+Step = tuple[int, int]  # epoch and step in it, both from 1 and 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a global batch.
+
+    Attributes:
+        waveforms: `(batch, samples)` int16 crops.
+        speakers: `(batch,)` labels.
+        noise_rows, noise, snr_db: which of the `batch × views` views get something added, `(n,)`; what, `(n, samples)`;
+            and at which ratio, `(n,)`.
+        room_rows, rooms: which views are reverberated, `(m,)`, and by what, `(m, taps)`.
+        masks: `(batch × views, 4)`, see `Choices.masks`.
+        views: views of each utterance.
+    """
+
+    waveforms: Tensor
+    speakers: Tensor
+    noise_rows: Tensor
+    noise: Tensor
+    snr_db: Tensor
+    room_rows: Tensor
+    rooms: Tensor
+    masks: Tensor
+    views: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device, copied without waiting."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Batch(views=self.views, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; the DataLoader's pinning thread calls it."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Batch(views=self.views, **{name: value.pin_memory() for name, value in tensors.items()})
+
+
+def make_views(batch: Batch) -> Tensor:
+    """The augmented views `(batch × views, samples)`, float in [-1, 1), on the batch's device; an utterance's together.
+
+    A view that nothing happens to keeps its samples bit for bit.
+    """
+    views = (batch.waveforms.float() / FULL_SCALE).repeat_interleave(batch.views, dim=0)
+    if len(batch.room_rows):
+        views[batch.room_rows] = reverberate(views[batch.room_rows], batch.rooms)
+    if len(batch.noise_rows):
+        views[batch.noise_rows] = add_noise(views[batch.noise_rows], batch.noise, batch.snr_db)
+    return views
+
+
+class ViewBatches(Dataset[Batch]):
+    """This worker's share of every batch, looked up by (epoch, step).
+
+    Stateless: what a batch holds follows from the seed, the epoch and the step, so any process may make any batch.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus) -> None:
+        self.train, self.clips = corpus.train, corpus.clips
+        self.batch, self.seed = config.batch, config.training.seed
+        self.sampler = SpeakerBatches(
+            self.train.labels,
+            self.train.speakers,
+            config.batch.speakers,
+            config.batch.utterances_per_speaker,
+            config.training.seed,
+        )
+        self.recipe, self.kinds = recipe(config.augment.strength), config.augment.kinds
+        self.samples = round(config.batch.crop_seconds * SAMPLE_RATE)
+        self._by_speaker = [np.flatnonzero(self.train.labels == label) for label in range(len(self.train.speakers))]
+        self._epoch, self._order = 0, self.sampler.epoch(0)
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        return self.sampler.steps
+
+    def __getitem__(self, when: Step) -> Batch:
+        epoch, step = when
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self.sampler.epoch(epoch)
+        generator = np.random.default_rng([self.seed, epoch, step])
+        views = (self.batch.size, self.batch.views)
+        starts = generator.random(self.batch.size)
+        choices = choose(self.recipe, self.kinds, views, num_frames(self.samples), MELS, generator)
+        mine = shard(self.batch.size)
+        return self._read(self._order[step][mine], starts[mine], choices[mine])
+
+    def _read(self, utterances: npt.NDArray[np.int64], starts: npt.NDArray[np.float64], choices: Choices) -> Batch:
+        crops = [
+            self._crop(self.train.store, self.train.recordings[utterance], start)
+            for utterance, start in zip(utterances, starts, strict=True)
+        ]
+        noisy, roomy = np.argwhere(choices.kind >= 0), np.argwhere(choices.reverberated)
+        labels = self.train.labels[utterances]
+        noise = [self._noise(choices, (row, view), labels[row]) for row, view in noisy]
+        rooms = [self._room(choices.room[row, view]) for row, view in roomy]
+        return Batch(
+            waveforms=torch.from_numpy(np.stack(crops)),
+            speakers=torch.from_numpy(labels),
+            noise_rows=torch.from_numpy(noisy @ [self.batch.views, 1]),
+            noise=torch.from_numpy(np.stack(noise) if noise else np.zeros((0, self.samples), np.float32)),
+            snr_db=torch.from_numpy(choices.snr_db[tuple(noisy.T)].astype(np.float32)),
+            room_rows=torch.from_numpy(roomy @ [self.batch.views, 1]),
+            rooms=torch.from_numpy(_stack_padded(rooms)),
+            masks=torch.from_numpy(choices.masks.reshape(-1, 4)),
+            views=self.batch.views,
+        )
+
+    def _crop(self, store: WaveformStore, recording: int, start: float) -> npt.NDArray[np.int16]:
+        """A crop at a position given in [0, 1); what is shorter than a crop is repeated from a random phase."""
+        waveform = store[recording]
+        room = len(waveform) - self.samples
+        return take(waveform, int(start * (room + 1 if room >= 0 else len(waveform))), self.samples)
+
+    def _noise(self, choices: Choices, view: tuple[int, int], speaker: int) -> Floats:
+        kind, clip, offset = ADDITIVE[choices.kind[view]], choices.clip[view], choices.offset[view]
+        if kind != "babble":
+            return self._clip(self.clips[kind], clip[0], offset[0])
+        voices = range(choices.voices[view])
+        babble = np.zeros(self.samples, np.float32)
+        for voice in voices:
+            if kind in self.clips:
+                talker = self._clip(self.clips[kind], clip[voice], offset[voice])
+            else:
+                other = self._other_speaker(speaker, choices.babbler[view][voice], clip[voice])
+                talker = _floating(self._crop(self.train.store, self.train.recordings[other], offset[voice]))
+            babble += _unit_power(talker)
+        return babble
+
+    def _clip(self, store: WaveformStore, which: float, offset: float) -> Floats:
+        return _floating(self._crop(store, store.usable[int(which * len(store.usable))], offset))
+
+    def _other_speaker(self, speaker: int, which: float, utterance: float) -> int:
+        """An utterance of anybody but this speaker."""
+        other = int(which * (len(self._by_speaker) - 1))
+        theirs = self._by_speaker[other + (other >= speaker)]
+        return int(theirs[int(utterance * len(theirs))])
+
+    def _room(self, which: float) -> Floats:
+        store = self.clips["reverb"]
+        response = _floating(store[store.usable[int(which * len(store.usable))]])
+        return response[np.abs(response).argmax() :][:RESPONSE_SAMPLES]
+
+
+def loader(batches: ViewBatches, first_epoch: int, last_epoch: int, workers: int, pin: bool) -> DataLoader[Batch]:
+    """All batches from the first epoch to the last, in order, read ahead by `workers` processes."""
+    order = itertools.product(range(first_epoch, last_epoch + 1), range(batches.steps))
+    return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin)
+
+
+def _floating(samples: npt.NDArray[np.int16]) -> Floats:
+    return samples.astype(np.float32) / np.float32(FULL_SCALE)
+
+
+def _unit_power(waveform: Floats) -> Floats:
+    power = np.mean(waveform**2, dtype=np.float32)
+    return waveform / np.sqrt(power) if power else waveform
+
+
+def _stack_padded(rows: list[Floats]) -> Floats:
+    """Rows of different lengths as one array, zeros behind the shorter ones."""
+    stacked = np.zeros((len(rows), max(map(len, rows), default=1)), np.float32)
+    for place, row in zip(stacked, rows, strict=True):
+        place[: len(row)] = row
+    return stacked

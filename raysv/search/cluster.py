@@ -1,0 +1,86 @@
+"""The cluster a study runs on: connecting to it, what it has, and how many trials fit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import ray
+from ray.util.state import list_nodes
+
+from raysv.search.space import ResourcesConfig
+
+LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; nothing large goes through it, audio is memory-mapped
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """What each trial gets, and how many of them run at a time."""
+
+    gpus_per_worker: float
+    concurrent_trials: int
+    backend: str
+
+    def describe(self, resources: ResourcesConfig) -> str:
+        """In words, for the terminal and for MLflow."""
+        device = f"{self.gpus_per_worker:g} GPU" if self.gpus_per_worker else "no GPU"
+        workers = f"{resources.workers} worker{'s' if resources.workers > 1 else ''} a trial"
+        return (
+            f"{self.concurrent_trials} trial{'s' if self.concurrent_trials > 1 else ''} at a time, {workers} "
+            f"with {resources.cpus_per_worker} CPU and {device} each ({self.backend})"
+        )
+
+
+def connect() -> str:
+    """Join the cluster of `RAY_ADDRESS` or of this machine; start a private one where there is none.
+
+    Returns: where it is, in words.
+    Raises: ValueError when the address does not answer, or the cluster lacks the service that frees a stopped trial's
+        workers.
+    """
+    wanted = os.environ.get("RAY_ADDRESS", "")
+    quiet = {"log_to_driver": False, "logging_level": "error"}
+    place = f"the cluster at {wanted}"
+    try:
+        if wanted != "local":
+            ray.init(address=wanted or "auto", **quiet)
+            place = place if wanted else "the cluster this machine belongs to"
+    except ConnectionError as error:
+        if wanted:
+            raise ValueError(f"RAY_ADDRESS is {wanted}, but no Ray cluster answers there: {error}") from error
+    if not ray.is_initialized():
+        ray.init(address="local", object_store_memory=LOCAL_OBJECT_STORE, include_dashboard=True, **quiet)
+        place = "this machine alone"
+    try:
+        list_nodes(timeout=30)
+    except Exception as error:
+        ray.shutdown()
+        raise ValueError(
+            "The cluster's dashboard does not answer. Without it Ray Train cannot free the workers of a trial that was "
+            "stopped, and the study would starve. Install ray[default] on the head node and leave the dashboard on."
+        ) from error
+    return place
+
+
+def allot(resources: ResourcesConfig, concurrent_trials: int | None) -> Allotment:
+    """Share the connected cluster out.
+
+    Raises: ValueError when not even one trial fits, naming what is there and what is needed.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    per_worker = resources.gpus_per_worker if resources.gpus_per_worker is not None else float(gpus > 0)
+    needs = {"CPU": resources.cpus_per_worker, "GPU": per_worker}
+    places = sum(_workers_on(node, needs) for node in nodes)
+    if places < resources.workers:
+        has = f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs and {gpus:g} GPUs on {len(nodes)} node(s)"
+        raise ValueError(
+            f"A trial needs {resources.workers} workers with {resources.cpus_per_worker} CPU and {per_worker:g} GPU "
+            f"each, but the cluster has {has}, room for {places}. Lower resources.workers, or join a larger cluster."
+        )
+    fitting = places // resources.workers
+    return Allotment(per_worker, min(fitting, concurrent_trials or fitting), "nccl" if per_worker else "gloo")
+
+
+def _workers_on(node: dict[str, float], needs: dict[str, float]) -> int:
+    return min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in needs.items() if amount)

@@ -1,0 +1,124 @@
+"""What a person sees while a study runs: one plain line per event, fit for a terminal and for a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ray.tune import Callback
+
+from raysv.search.stopping import METRIC, TIME, outcome
+
+
+class Progress(Callback):
+    """Prints which trial tries what, its EER after every epoch, the best so far and the time left.
+
+    Args:
+        trials, epochs: of the study, to estimate how long it still takes.
+        single: a lone run, whose lines need no name of a trial.
+    """
+
+    def __init__(self, trials: int, epochs: int, single: bool = False) -> None:
+        self._trials, self._epochs, self._single = trials, epochs, single
+        self._numbers: dict[str, int] = {}
+        self._reached: dict[str, int] = {}  # trial → its last epoch
+        self._ended: set[str] = set()
+        self._best: tuple[float, str] | None = None
+        self._started = time.monotonic()
+        self._seen = 0  # epochs that this driver saw, which tell the pace
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A line with the values that a trial tries."""
+        again = trial.trial_id in self._reached
+        self._say(trial, f"{'goes on' if again else 'starts'}   {describe_values(trial.config)}".rstrip())
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        """A line with the error rate after an epoch."""
+        if METRIC not in result or result.get("failure"):
+            return
+        self._seen += 1
+        value, epoch = result[METRIC], result[TIME]
+        self._reached[trial.trial_id] = epoch
+        if self._best is None or value < self._best[0]:
+            self._best = value, self._name(trial)
+        best = "" if self._single else f"   best {100 * self._best[0]:.2f} % ({self._best[1]})"
+        left = self._time_left()
+        self._say(trial, f"epoch {epoch}/{self._epochs}   EER {100 * value:.2f} %{best}{left}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A line on how a trial ended."""
+        result = trial.last_result or {}
+        end, reason = outcome(result, self._epochs)
+        self._ended.add(trial.trial_id)
+        words = {
+            "complete": "done",
+            "pruned": f"stopped early after epoch {result.get(TIME)}",
+            "error": "failed: " + reason,
+        }
+        self._say(trial, f"{words[end]}{self._count()}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A line on what a trial died of."""
+        self._ended.add(trial.trial_id)
+        self._say(trial, f"failed{self._count()}")
+
+    def get_state(self) -> dict[str, Any]:
+        """What a resumed study still knows."""
+        return {"numbers": self._numbers, "reached": self._reached, "ended": self._ended, "best": self._best}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on counting where the driver before stopped."""
+        self._numbers, self._reached = state["numbers"], state["reached"]
+        self._ended, self._best = state["ended"], state["best"]
+
+    def _name(self, trial: Any) -> str:
+        return f"t{self._numbers.setdefault(trial.trial_id, len(self._numbers)):03d}"
+
+    def _count(self) -> str:
+        return "" if self._single else f"   {len(self._ended)} of {self._trials} trials ended"
+
+    def _time_left(self) -> str:
+        """From the pace so far, supposing that the other trials run as many epochs as those that ended."""
+        ended = [self._reached.get(trial, 0) for trial in self._ended]
+        usual = sum(ended) / len(ended) if ended else self._epochs
+        expected = sum(ended) + (self._trials - len(ended)) * usual
+        remaining = max(expected - sum(self._reached.values()), 0)
+        seconds = (time.monotonic() - self._started) / self._seen * remaining
+        return f"   about {_duration(seconds)} left" if seconds >= 1 else ""
+
+    def _say(self, trial: Any, text: str) -> None:
+        name = "" if self._single else f"{self._name(trial)}  "
+        print(f"[{_duration(time.monotonic() - self._started):>7}] {name}{text}", flush=True)
+
+
+def describe_values(values: Mapping[str, Any]) -> str:
+    """`{"loss.margin": 0.21}` as `margin 0.21`: the last part of a key says enough where a study searches few."""
+    return "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in values.items())
+
+
+def show_value(value: Any) -> str:
+    """A value as short as it can be told from its neighbours."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Decoding:
+    """Says how far decoding audio has got, every few seconds; silent where it is quick."""
+
+    def __init__(self, every_seconds: float = 5.0) -> None:
+        self._every = every_seconds
+        self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Called after each recording."""
+        if time.monotonic() - self._said >= self._every:
+            self._said = time.monotonic()
+            print(f"decoding audio, once for all trials: {done} of {total}", flush=True)

@@ -1,0 +1,161 @@
+"""Which values to try next: Optuna proposes, and its storage tells the same story as Tune and MLflow."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from ray.tune.search.optuna import OptunaSearch
+
+from raysv.search.stopping import METRIC, TIME, outcome
+
+USUAL_STARTUP_TRIALS = 10  # Optuna's own number of random trials before its model is used
+SQLITE_PATIENCE_SECONDS = 60  # for a lock: a dashboard may be reading
+
+
+class OptunaProposals(OptunaSearch):
+    """Tune's search with Optuna, minimising the EER, that keeps Optuna's storage true.
+
+    | a trial that                        | is in Optuna                                                      |
+    |-------------------------------------|-------------------------------------------------------------------|
+    | ran all epochs                      | COMPLETE with its last EER                                        |
+    | was stopped early                   | PRUNED, its last EER included                                     |
+    | gave itself up (`failure`)          | COMPLETE with what it reported; the reason is in a user attribute |
+    | raised, or reported nothing         | FAIL; a later success of its retry is added                       |
+
+    Steps are epochs. Optuna's storage is written at once but Tune's snapshot now and then, so after a killed driver the
+    storage may know more: results that come again are ignored, trials that Tune has forgotten become FAIL, and where
+    those were some of the first `points`, these are tried again.
+
+    Args:
+        space: dotted key of a configuration and what it may be; empty, every proposal is `{}`.
+        epochs: of a trial that is not stopped early.
+        storage: Optuna's URL of a database, such as `sqlite:////folder/optuna.db`.
+        study_name: in that database; a study that is there already goes on.
+        points: values to try first, complete or in part; a new study takes them, one that goes on had them.
+        seed: of the default sampler. With several trials at a time the order of their results plays a part too.
+        sampler: instead of TPE over all values together, which takes running trials for bad ones.
+    """
+
+    def __init__(
+        self,
+        space: dict[str, BaseDistribution],
+        *,
+        epochs: int,
+        storage: str,
+        study_name: str,
+        points: list[dict[str, Any]] | None = None,
+        seed: int | None = None,
+        sampler: BaseSampler | None = None,
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._epochs = epochs
+        self._distributions = space
+        self._most_at_once = sys.maxsize
+        self._live: set[str] = set()
+        super().__init__(
+            space,
+            metric=METRIC,
+            mode="min",
+            sampler=sampler or _tpe(len(space), seed),
+            study_name=study_name,
+            storage=RDBStorage(storage, engine_kwargs={"connect_args": _patience(storage)}),
+        )
+        if not space:
+            self._setup_study("min")
+        if not self._known():
+            for point in points or []:
+                self._study.enqueue_trial(point)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Nothing to set: space, metric and mode are ours, and TuneConfig may repeat the latter two."""
+        return False
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Count trials here: Tune's own limiter keeps the end of a trial that was retried from its searcher."""
+        self._most_at_once = max_concurrent
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The values of a new trial, by dotted key; none while as many run as may."""
+        if trial_id not in self._ot_trials:
+            if len(self._live) >= self._most_at_once:
+                return None
+            self._ot_trials[trial_id] = self._study.ask(self._distributions)
+        self._live.add(trial_id)
+        return dict(self._ot_trials[trial_id].params)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Keep the EER of an epoch, unless Optuna has it or is done with the trial."""
+        self._live.add(trial_id)
+        trial = self._find(trial_id)
+        if trial is not None and not trial.state.is_finished() and result[TIME] not in trial.intermediate_values:
+            self._ot_trials[trial_id].report(float(result[METRIC]), int(result[TIME]))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell Optuna how a trial ended, once."""
+        if error or not result or METRIC not in result:
+            result, state, reason = {}, TrialState.FAIL, ""
+        else:
+            self.on_trial_result(trial_id, result)  # Tune sends the result that a trial was stopped at only here
+            end, reason = outcome(result, self._epochs)
+            state = TrialState.PRUNED if end == "pruned" else TrialState.COMPLETE
+        self._live.discard(trial_id)
+        trial = self._find(trial_id)
+        if trial is not None and not trial.state.is_finished():
+            if reason:
+                self._ot_trials[trial_id].set_user_attr("failure", reason)
+            self._study.tell(trial.number, float(result[METRIC]) if state == TrialState.COMPLETE else None, state)
+        elif result and (trial is None or trial.state != state):
+            self._add(result, state, reason)
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Tune's snapshot, and order in the storage that may be ahead of it."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        super().restore(checkpoint_path)
+        remembered = {trial.number for trial in self._ot_trials.values()}
+        for trial in self._known():
+            if trial.state == TrialState.RUNNING and trial.number not in remembered:
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                if "fixed_params" in trial.system_attrs:
+                    self._study.enqueue_trial(trial.system_attrs["fixed_params"])
+
+    @property
+    def _study(self) -> optuna.Study:
+        assert self._ot_study is not None
+        return self._ot_study
+
+    def _known(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _find(self, trial_id: str) -> FrozenTrial | None:
+        """What Optuna holds of a trial; none of one that Tune restarted under a new id after an error."""
+        return self._known()[self._ot_trials[trial_id].number] if trial_id in self._ot_trials else None
+
+    def _add(self, result: dict[str, Any], state: TrialState, reason: str) -> None:
+        """Enter the end of a retry as a trial of its own: Optuna never reopens one that ended."""
+        self._study.add_trial(
+            create_trial(
+                state=state,
+                value=float(result[METRIC]),
+                params={key: result[f"config/{key}"] for key in self._distributions},
+                distributions=self._distributions,
+                user_attrs={"failure": reason} if reason else {},
+                intermediate_values={int(result[TIME]): float(result[METRIC])},
+            )
+        )
+
+
+def _tpe(dimensions: int, seed: int | None) -> TPESampler:
+    """Optuna's TPE for studies of a few dozen trials: where little is searched, the model takes over sooner."""
+    startup = min(USUAL_STARTUP_TRIALS, 2 * dimensions + 1)
+    return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)
+
+
+def _patience(storage: str) -> dict[str, Any]:
+    return {"timeout": SQLITE_PATIENCE_SECONDS} if storage.startswith("sqlite") else {}

@@ -1,0 +1,205 @@
+"""What a finished or broken-off study holds: its trials, as data."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ray.tune import ExperimentAnalysis
+from ray.tune.experiment import Trial
+
+from raysv.config import config_to_dict, read_yaml, write_yaml
+from raysv.search.progress import show_value
+from raysv.search.space import Space, space_from_dict
+from raysv.search.stopping import METRIC, TIME, outcome
+
+SPACE_FILE = "space.yaml"
+BEST_FILE = "best_config.yaml"
+TRIALS_FILE = "trials.csv"
+TUNE_FOLDER = "tune"  # Tune's own record of the study, below the study's folder
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as it ended.
+
+    Attributes:
+        name: short, in the order of their start.
+        values: what it tried, by dotted key.
+        metrics: its last result.
+        outcome: `complete`, `pruned`, `error` or `unfinished`, and `reason` for an error.
+        checkpoint: folder of its last checkpoint.
+    """
+
+    name: str
+    trial_id: str
+    values: dict[str, Any]
+    metrics: dict[str, Any]
+    outcome: str
+    reason: str
+    checkpoint: str
+
+    @property
+    def epoch(self) -> int:
+        """Its last epoch, 0 if it finished none."""
+        return int(self.metrics.get(TIME, 0))
+
+    @property
+    def eer(self) -> float:
+        """Its last EER on the dev pairs, chance if it has none."""
+        return float(self.metrics.get(METRIC, 0.5))
+
+
+@dataclass(frozen=True)
+class Study:
+    """A search space, the trials made in it, and which of them was best."""
+
+    space: Space
+    trials: list[TrialRecord]
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The trial with the lowest EER at the end of all epochs; what was stopped early was not seen to the end."""
+        complete = [trial for trial in self.trials if trial.outcome == "complete"]
+        return min(complete, key=lambda trial: trial.eer, default=None)
+
+    @property
+    def unfinished(self) -> int:
+        """Trials that the study was asked for and has not seen the end of."""
+        return self.space.search.trials - sum(trial.outcome != "unfinished" for trial in self.trials)
+
+    def counts(self) -> dict[str, int]:
+        """How many trials ended how."""
+        return dict(Counter(trial.outcome for trial in self.trials))
+
+    def table(self) -> str:
+        """All trials, best first, as text in columns."""
+        keys = list(self.space.ranges)
+        order = {"complete": 0, "pruned": 1, "error": 2, "unfinished": 3}
+        ranked = sorted(self.trials, key=lambda trial: (order[trial.outcome], -trial.epoch, trial.eer))
+        head = ["trial", *(key.rpartition(".")[2] for key in keys), "epochs", "EER %", "minDCF .01", "outcome"]
+        rows = [
+            [
+                trial.name,
+                *(show_value(trial.values[key]) for key in keys),
+                str(trial.epoch),
+                f"{100 * trial.eer:.2f}" if trial.epoch else "",
+                f"{trial.metrics['dev/min_dcf_0.01']:.3f}" if "dev/min_dcf_0.01" in trial.metrics else "",
+                f"{trial.outcome}: {trial.reason.splitlines()[0][:60]}" if trial.reason else trial.outcome,
+            ]
+            for trial in ranked
+        ]
+        return columns([head, *rows])
+
+    def write(self, folder: Path) -> None:
+        """Leave `trials.csv` and, once a trial was seen to its end, `best_config.yaml` in the study's folder."""
+        keys = list(self.space.ranges)
+        with (folder / TRIALS_FILE).open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["trial", "trial_id", "outcome", "reason", "epoch", "dev_eer", *keys, "checkpoint"])
+            rows.writerows(
+                [trial.name, trial.trial_id, trial.outcome, trial.reason, trial.epoch, trial.eer]
+                + [trial.values[key] for key in keys]
+                + [trial.checkpoint]
+                for trial in self.trials
+            )
+        if self.best:
+            header = (
+                f"The best of {len(self.trials)} trials of study {self.space.name}: trial {self.best.name} "
+                f"({self.best.trial_id}), EER {100 * self.best.eer:.2f} % on the dev pairs.\n"
+                f"Train it alone with: python -m raysv.train {folder / BEST_FILE}"
+            )
+            config = config_to_dict(self.space.config(self.best.values))
+            resources = {"resources": self.space.to_dict()["resources"]}
+            write_yaml(config | resources, folder / BEST_FILE, header)
+
+
+def columns(rows: list[list[str]]) -> str:
+    """Rows of text as aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def read_study(folder: Path) -> Study:
+    """A study as its folder holds it: finished, broken off or still running.
+
+    Raises: ValueError when the folder is no study.
+    """
+    space = load_space(folder)
+    if not (folder / TUNE_FOLDER).is_dir():
+        return Study(space, [])
+    trials = ExperimentAnalysis(str(folder / TUNE_FOLDER)).trials or []
+    return Study(space, [_record(f"t{number:03d}", trial, space.epochs) for number, trial in enumerate(trials)])
+
+
+def _record(name: str, trial: Any, epochs: int) -> TrialRecord:
+    metrics = dict(trial.last_result or {})
+    end, reason = outcome(metrics, epochs)
+    if trial.status == Trial.ERROR:
+        end, reason = "error", last_line(Path(trial.error_file).read_text()) if trial.error_file else "unknown"
+    elif trial.status != Trial.TERMINATED:
+        end, reason = "unfinished", ""
+    return TrialRecord(
+        name=name,
+        trial_id=trial.trial_id,
+        values=dict(trial.config),
+        metrics=metrics,
+        outcome=end,
+        reason=reason,
+        checkpoint=str(metrics.get("checkpoint_path", "")),
+    )
+
+
+def last_line(text: str) -> str:
+    """The last line of a traceback, which is the exception itself."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else text
+
+
+def open_study(space: Space, results: Path, name: str | None = None) -> Path:
+    """Make the folder of a new study and keep there what it searches.
+
+    Args:
+        name: of the study; the space's name and the time if not given.
+
+    Raises: ValueError when there is a study of that name.
+    """
+    folder = (results / (name or f"{space.name}-{datetime.now():%m%d-%H%M%S}")).absolute()
+    if (folder / SPACE_FILE).exists():
+        raise ValueError(
+            f"There is a study {folder} already. Go on with it by --resume {folder}, or give another --name."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    header = f"What study {folder.name} searches."
+    write_yaml(space.to_dict(), folder / SPACE_FILE, header)
+    return folder
+
+
+def find_study(results: Path, name: str) -> Path:
+    """The folder of a study: given as such, by its name, or the newest whose name begins with the name of a space.
+
+    Raises: ValueError when there is none, listing those there are.
+    """
+    for folder in (Path(name), results / name):
+        if (folder / SPACE_FILE).is_file():
+            return folder.absolute()
+    studies = sorted(results.glob(f"*/{SPACE_FILE}"), key=lambda file: file.stat().st_mtime)
+    found = [file.parent for file in studies if file.parent.name.startswith(name)]
+    if not found:
+        there = ", ".join(file.parent.name for file in studies) or "none"
+        raise ValueError(f"No study {name} to be found. Studies in {results}: {there}.")
+    return found[-1].absolute()
+
+
+def load_space(folder: Path) -> Space:
+    """The space of a study that was started before."""
+    file = folder / SPACE_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} is no study: it has no {SPACE_FILE}.")
+    return space_from_dict(read_yaml(file), folder.name)

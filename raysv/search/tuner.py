@@ -1,0 +1,174 @@
+"""A search space in, a study out: Optuna proposes, ASHA stops early, MLflow keeps everything."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+
+from raysv.corpus.loading import Corpus, load_corpus
+from raysv.learning.checkpoint import versions
+from raysv.learning.views import ViewBatches
+from raysv.search import cluster
+from raysv.search.progress import Decoding, Progress
+from raysv.search.proposals import OptunaProposals
+from raysv.search.space import Space
+from raysv.search.stopping import METRIC, JournaledASHA
+from raysv.search.study import TUNE_FOLDER, Study, read_study
+from raysv.search.tracking import MLflowTracking, StudyCard
+from raysv.search.trial import DRIVER_RESOURCES, Job, run_trial
+
+EXPERIMENT = "raysv"  # of MLflow
+TUNE_SETTINGS = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver has lost a second of bookkeeping, not ten
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow keeps the results; no TensorBoard files beside it
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+def check_data(space: Space, tests: bool = False) -> Corpus:
+    """Read, check and decode all that any trial of a space will need, before a cluster is asked for anything.
+
+    Returns: the corpus that the most disturbed trials see.
+    Raises: ValueError when data are not as they must be, or a batch cannot be formed.
+    """
+    loaded: dict[str, Corpus] = {}
+    for config in sorted(space.corners(), key=lambda corner: corner.augment.strength, reverse=True):
+        key = repr((config.data, config.augment.kinds))
+        if key not in loaded:
+            loaded[key] = load_corpus(config.data, config.augment, tests=tests, progress=Decoding())
+        ViewBatches(config, loaded[key])
+    return next(iter(loaded.values()))
+
+
+def run_study(
+    space: Space, folder: Path, corpus: Corpus, tracking_uri: str, *, resume: bool, tests: bool = False
+) -> Study:
+    """Search a space, or go on searching it.
+
+    Args:
+        folder: of the study, made by `open_study`; on a cluster, on storage that every node reaches.
+        corpus: what `check_data` found.
+        tracking_uri: MLflow's store or server.
+        tests: whether trials end with the test lists, as a single run does and a search must not.
+
+    Raises: ValueError when the cluster has no room for a trial.
+    """
+    os.environ.update(TUNE_SETTINGS)
+    place = cluster.connect()
+    try:
+        allotment = cluster.allot(space.resources, space.search.concurrent_trials)
+        print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
+        job = Job(space, allotment.gpus_per_worker, str(folder / "trials"), tests)
+        trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), DRIVER_RESOURCES)
+        if resume:
+            tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
+        else:
+            tuner = _tuner(trainable, space, folder, allotment, corpus, tracking_uri)
+        tuner.fit()
+    finally:
+        ray.shutdown()
+    study = read_study(folder)
+    study.write(folder)
+    return study
+
+
+def _tuner(
+    trainable: Any, space: Space, folder: Path, allotment: cluster.Allotment, corpus: Corpus, tracking_uri: str
+) -> ray.tune.Tuner:
+    search = space.search
+    proposals = OptunaProposals(
+        {key: span.distribution() for key, span in space.ranges.items()},
+        epochs=space.epochs,
+        storage=f"sqlite:///{folder / 'optuna.db'}",
+        study_name=folder.name,
+        points=space.first_points(),
+        seed=search.seed,
+    )
+    asha = JournaledASHA(
+        folder / "asha.jsonl",
+        epochs=space.epochs,
+        grace_epochs=search.grace_epochs,
+        reduction_factor=search.reduction_factor,
+    )
+    return ray.tune.Tuner(
+        trainable,
+        tune_config=ray.tune.TuneConfig(
+            metric=METRIC,
+            mode="min",
+            num_samples=search.trials,
+            max_concurrent_trials=allotment.concurrent_trials,
+            search_alg=proposals,
+            scheduler=asha if search.early_stopping == "asha" else None,
+            reuse_actors=True,
+            trial_name_creator=_trial_id,
+            trial_dirname_creator=_trial_id,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=TUNE_FOLDER,
+            storage_path=str(folder),
+            failure_config=ray.tune.FailureConfig(max_failures=1),
+            callbacks=[
+                _tracking(space, folder, allotment, corpus, tracking_uri),
+                Progress(search.trials, space.epochs, single=search.trials == 1),
+            ],
+            verbose=0,
+        ),
+    )
+
+
+def _tracking(
+    space: Space, folder: Path, allotment: cluster.Allotment, corpus: Corpus, tracking_uri: str
+) -> MLflowTracking:
+    searched = "\n".join(f"- `{key}`: {span}" for key, span in space.ranges.items()) or "Nothing: a single run."
+    count = f"{space.search.trials} trials" if space.search.trials > 1 else "1 trial"
+    return MLflowTracking(
+        StudyCard(
+            tracking_uri,
+            name=folder.name,
+            experiment=EXPERIMENT,
+            base=space.tree,
+            searched=list(space.ranges),
+            epochs=space.epochs,
+            tags=_provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)},
+            description=f"{count} of {space.epochs} epochs, searching\n\n{searched}",
+        )
+    )
+
+
+def _provenance(space: Space, corpus: Corpus) -> dict[str, str]:
+    """What a run follows from beside its configuration, and what its augmentation resolved to."""
+    tags = {f"raysv.version.{name}": text for name, text in versions().items()}
+    tags |= {
+        "raysv.git": git_revision(),
+        "raysv.data_hash": corpus.digest,
+        "raysv.seed": str(space.tree["training"]["seed"]),
+    }
+    tags["raysv.speakers"] = str(len(corpus.train.speakers))
+    return tags
+
+
+def git_revision() -> str:
+    """The commit of the source that runs, with `+changes` where it differs from it; `unknown` outside a checkout."""
+    source = Path(__file__).parent
+    try:
+        revision = _git(source, "rev-parse", "HEAD")
+        return revision[:12] + ("+changes" if _git(source, "status", "--porcelain", "--", str(source.parent)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _trial_id(trial: Any) -> str:
+    """Folders of trials are named by their id alone: a resumed trial must find its own again."""
+    return str(trial.trial_id)

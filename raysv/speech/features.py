@@ -1,0 +1,112 @@
+"""Log-mel filterbank features as Kaldi computes them, for a whole batch at once, and SpecAugment's masks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torchaudio.compliance.kaldi import get_mel_banks
+
+from raysv.config import SAMPLE_RATE
+
+FRAME_SAMPLES = SAMPLE_RATE * 25 // 1000  # 25 ms
+HOP_SAMPLES = SAMPLE_RATE * 10 // 1000  # 10 ms
+FFT_SIZE = 512
+MELS = 80
+PREEMPHASIS = 0.97
+LOWEST_HZ = 20.0
+INT16_SCALE = 2.0**15  # Kaldi's samples are 16-bit integers, ours lie in [-1, 1)
+
+Count = TypeVar("Count", int, Tensor)
+
+
+def num_frames(samples: Count) -> Count:
+    """Frames that fit wholly into this many samples (`snip_edges`); at most 0 where not even one does."""
+    return (samples - FRAME_SAMPLES) // HOP_SAMPLES + 1
+
+
+class Fbank(nn.Module):
+    """Log-mel filterbank of 25 ms frames every 10 ms, equal to Kaldi's with a Hamming window and no dither.
+
+    Source: Kaldi's `compute-fbank-feats`; the reference is `torchaudio.compliance.kaldi.fbank`.
+    """
+
+    window: Tensor
+    mel_banks: Tensor
+
+    def __init__(self, mels: int = MELS) -> None:
+        super().__init__()
+        nyquist = SAMPLE_RATE / 2
+        banks, _ = get_mel_banks(mels, FFT_SIZE, SAMPLE_RATE, LOWEST_HZ, nyquist, 100.0, -500.0, 1.0)
+        window = torch.hamming_window(FRAME_SAMPLES, periodic=False) * INT16_SCALE
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("mel_banks", nn.functional.pad(banks, (0, 1)), persistent=False)  # Nyquist weighs nothing
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """Features `(..., mels, frames)`, always float32, of waveforms `(..., samples)` in [-1, 1) at 16 kHz.
+
+        Raises: ValueError when the waveforms are shorter than one frame.
+        """
+        samples = waveforms.shape[-1]
+        if samples < FRAME_SAMPLES:
+            raise ValueError(
+                f"Features need at least {FRAME_SAMPLES} samples (25 ms at 16 kHz), got {samples}. "
+                "Leave such recordings out or repeat them."
+            )
+        with torch.autocast(waveforms.device.type, enabled=False):
+            frames = waveforms.float().unfold(-1, FRAME_SAMPLES, HOP_SAMPLES)
+            frames = frames - frames.mean(-1, keepdim=True)
+            previous = torch.cat([frames[..., :1], frames[..., :-1]], -1)
+            frames = (frames - PREEMPHASIS * previous) * self.window
+            spectrum = torch.fft.rfft(frames, FFT_SIZE)
+            power = spectrum.real.square() + spectrum.imag.square()
+            mel = self.mel_banks @ power.mT
+            return mel.clamp(min=torch.finfo(torch.float32).eps).log()
+
+
+def frame_padding(lengths: Tensor, frames: int) -> Tensor:
+    """True `(n, 1, frames)` at the frames that lie beyond an utterance's length."""
+    return (torch.arange(frames, device=lengths.device) >= lengths[:, None])[:, None]
+
+
+def mean_over_time(values: Tensor, padding: Tensor | None) -> Tensor:
+    """Mean `(n, channels, 1)` of `(n, channels, frames)` over the frames that are not padding."""
+    if padding is None:
+        return values.mean(-1, keepdim=True)
+    return values.masked_fill(padding, 0).sum(-1, keepdim=True) / (~padding).sum(-1, keepdim=True)
+
+
+def mean_normalise(fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Features with the mean over time taken from each mel band of each utterance.
+
+    Args:
+        fbank: `(n, mels, frames)`.
+        lengths: `(n,)` frames of each utterance; what lies beyond becomes 0. None: all are full.
+    """
+    if lengths is None:
+        return fbank - mean_over_time(fbank, None)
+    padding = frame_padding(lengths, fbank.shape[-1])
+    return (fbank - mean_over_time(fbank, padding)).masked_fill(padding, 0)
+
+
+class BandMasks(NamedTuple):
+    """One band of frames and one of mels per utterance, each `(n,)` integers; a width of 0 masks nothing."""
+
+    time_start: Tensor
+    time_width: Tensor
+    mel_start: Tensor
+    mel_width: Tensor
+
+
+def mask_bands(fbank: Tensor, masks: BandMasks) -> Tensor:
+    """SpecAugment: features `(n, mels, frames)` with a band of frames and a band of mels set to 0, their mean.
+
+    Source: Park et al. 2019, arXiv 1904.08779, with one mask of each kind and no time warping.
+    """
+    time_start, time_width, mel_start, mel_width = (values[:, None] for values in masks)
+    frame = torch.arange(fbank.shape[-1], device=fbank.device)
+    mel = torch.arange(fbank.shape[-2], device=fbank.device)
+    in_time = (frame >= time_start) & (frame < time_start + time_width)
+    in_mel = (mel >= mel_start) & (mel < mel_start + mel_width)
+    return fbank.masked_fill(in_time[:, None, :] | in_mel[:, :, None], 0)

@@ -1,0 +1,94 @@
+"""Is this the same voice? Two recordings, or a whole pair list, with a checkpoint that raysv.train wrote.
+
+    python -m raysv.verify results/RUN/checkpoint a.wav b.wav
+    python -m raysv.verify results/RUN/checkpoint pairs.txt --root /corpora/cnceleb --scores scores.txt
+    python -m raysv.verify results/RUN/checkpoint pairs.txt --root /corpora/cnceleb --cohort train.csv
+
+Two recordings give a score and a verdict at the threshold that was set on the dev pairs. A pair list (`1 enrol test`,
+`enrol test target|nontarget` or `enrol test 1|0`) gives EER and minDCF; a cohort normalises its scores with AS-Norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from raysv.config import DataConfig
+from raysv.corpus.audio import FULL_SCALE, BadAudio, read_audio
+from raysv.corpus.loading import cache_folder, load_pairs
+from raysv.corpus.utterances import read_utterances
+from raysv.learning.checkpoint import describe_checkpoint, load_encoder
+from raysv.speech.encoder import SpeakerEncoder
+from raysv.verification.evaluation import cohort_embeddings, evaluate
+from raysv.verification.scoring import cosine_scores
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print scores; the exit status is 0 when they could be computed, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        "raysv.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder that raysv.train wrote")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="RECORDING|PAIRS", help="two recordings, or a pair list"
+    )
+    parser.add_argument("--root", type=Path, help="folder that a pair list's paths are relative to (default: its own)")
+    parser.add_argument("--cohort", type=Path, help="utterance list for AS-Norm, for example the training list")
+    parser.add_argument("--top", type=int, default=300, help="cohort speakers that AS-Norm compares with")
+    parser.add_argument("--scores", type=Path, help="where to write a pair list's scores (default: PAIRS.scores)")
+    chosen = parser.parse_args(arguments)
+    try:
+        if len(chosen.inputs) == 2:
+            _verify_recordings(chosen)
+        elif len(chosen.inputs) == 1:
+            _verify_list(chosen)
+        else:
+            raise ValueError(f"Name two recordings or one pair list, got {len(chosen.inputs)} files.")
+    except ValueError as error:
+        print(f"raysv.verify: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _verify_recordings(chosen: argparse.Namespace) -> None:
+    if chosen.cohort:
+        raise ValueError("--cohort goes with a pair list: the threshold for two recordings is one of plain cosines.")
+    encoder = load_encoder(chosen.checkpoint)
+    _, description = describe_checkpoint(chosen.checkpoint)
+    waveforms = []
+    for path in chosen.inputs:
+        try:
+            waveforms.append(torch.from_numpy(read_audio(path).astype("float32")) / FULL_SCALE)
+        except BadAudio as problem:
+            raise ValueError(f"{path} cannot be used: {problem}.") from problem
+    score = float(cosine_scores(encoder.embed(waveforms), [0], [1])[0])
+    threshold = description["threshold"]
+    verdict = "same speaker" if score >= threshold else "different speakers"
+    print(f"{verdict}   score {score:.3f}, threshold {threshold:.3f} (equal error rate on the dev pairs)")
+
+
+def _verify_list(chosen: argparse.Namespace) -> None:
+    encoder, pairs_file = load_encoder(chosen.checkpoint), chosen.inputs[0]
+    root = (chosen.root or pairs_file.parent).expanduser().absolute()
+    pairs, listed = load_pairs(pairs_file, root, cache_folder(DataConfig()))
+    cohort = _cohort(encoder, chosen.cohort, root) if chosen.cohort else None
+    result = evaluate(encoder, pairs, cohort, chosen.top)
+    target = chosen.scores or pairs_file.with_name(f"{pairs_file.name}.scores")
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(
+            f"{pair.enrolment} {pair.test} {score:.6f} {'target' if pair.same_speaker else 'nontarget'}\n"
+            for pair, score in zip(listed, result.scores, strict=True)
+        )
+    costs = "   ".join(f"minDCF({prior:g}) {cost:.4f}" for prior, cost in result.rates.min_dcf.items())
+    print(f"EER {100 * result.rates.eer:.2f} %   {costs}   {len(listed)} pairs, scores in {target}")
+
+
+def _cohort(encoder: SpeakerEncoder, file: Path, root: Path) -> torch.Tensor:
+    return cohort_embeddings(encoder, read_utterances(file, root), cache_folder(DataConfig()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+import logging
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+
+from raysv.search.proposals import OptunaProposals
+from raysv.search.stopping import METRIC, TIME
+
+SPACE = {"loss.margin": FloatDistribution(0.1, 0.5), "loss.scale": FloatDistribution(16, 64, log=True)}
+EPOCHS = 4
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'optuna.db'}"
+
+
+def proposals(storage: str, space: dict[str, Any] = SPACE, **options: Any) -> OptunaProposals:
+    return OptunaProposals(space, epochs=EPOCHS, storage=storage, study_name="study", **options)
+
+
+def result(epoch: int, eer: float, **more: Any) -> dict[str, Any]:
+    return {TIME: epoch, METRIC: eer, "training_iteration": 1, **more}
+
+
+def in_config(values: dict[str, Any]) -> dict[str, Any]:
+    """A trial's values as Tune flattens them into its results."""
+    return {f"config/{key}": value for key, value in values.items()}
+
+
+def run(search: OptunaProposals, trial_id: str, eers: list[float], **more: Any) -> None:
+    """Report a curve as Tune does: the last result comes once as a result and once more at the end."""
+    search.suggest(trial_id)
+    for epoch, eer in enumerate(eers, 1):
+        search.on_trial_result(trial_id, result(epoch, eer))
+    search.on_trial_complete(trial_id, result(len(eers), eers[-1], **more))
+
+
+def stored(storage: str) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name="study", storage=storage).trials
+
+
+def killed_and_restored(search: OptunaProposals, storage: str, snapshot: Path, **options: Any) -> OptunaProposals:
+    """A new driver's search, which knows what the snapshot of the old one held."""
+    fresh = proposals(storage, **options)
+    fresh.restore(str(snapshot))
+    return fresh
+
+
+def test_a_proposal_lies_in_the_space(storage: str) -> None:
+    values = proposals(storage, seed=0).suggest("a")
+    assert values is not None and values.keys() == SPACE.keys()
+    assert 0.1 <= values["loss.margin"] <= 0.5 and 16 <= values["loss.scale"] <= 64
+
+
+def test_a_trial_that_ran_all_epochs_is_complete_with_its_last_eer(storage: str) -> None:
+    run(proposals(storage), "a", [0.4, 0.3, 0.1, 0.2])
+    (trial,) = stored(storage)
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.2)
+    assert trial.intermediate_values == {1: 0.4, 2: 0.3, 3: 0.1, 4: 0.2}
+
+
+def test_a_trial_stopped_early_is_pruned_and_keeps_the_result_it_was_stopped_at(storage: str) -> None:
+    search = proposals(storage)
+    search.suggest("a")
+    search.on_trial_result("a", result(1, 0.4))
+    search.on_trial_complete("a", result(2, 0.35))  # Tune sends the stopping result only here
+    (trial,) = stored(storage)
+    assert (trial.state, trial.value) == (TrialState.PRUNED, 0.35)
+    assert trial.intermediate_values == {1: 0.4, 2: 0.35}
+
+
+def test_a_trial_that_raised_or_reported_nothing_failed(storage: str) -> None:
+    search = proposals(storage)
+    search.suggest("raised")
+    search.on_trial_result("raised", result(1, 0.4))
+    search.on_trial_complete("raised", error=True)
+    search.suggest("silent")
+    search.on_trial_complete("silent", {"trial_id": "silent"})
+    assert [trial.state for trial in stored(storage)] == [TrialState.FAIL, TrialState.FAIL]
+
+
+def test_the_search_learns_from_a_trial_that_gave_itself_up(storage: str) -> None:
+    run(proposals(storage), "a", [0.5], failure="the loss is NaN at step 7")
+    (trial,) = stored(storage)
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.5)
+    assert trial.user_attrs == {"failure": "the loss is NaN at step 7"}
+
+
+def test_points_come_first_and_may_leave_values_open(storage: str) -> None:
+    search = proposals(storage, points=[{"loss.margin": 0.2, "loss.scale": 30.0}, {"loss.margin": 0.3}])
+    assert search.suggest("a") == {"loss.margin": 0.2, "loss.scale": 30.0}
+    values = search.suggest("b")
+    assert values is not None and values["loss.margin"] == 0.3 and 16 <= values["loss.scale"] <= 64
+
+
+def test_a_study_that_goes_on_does_not_try_its_points_again(storage: str) -> None:
+    run(proposals(storage, points=[{"loss.margin": 0.2}]), "a", [0.3])
+    proposals(storage, points=[{"loss.margin": 0.2}]).suggest("b")
+    assert len(stored(storage)) == 2
+    assert stored(storage)[1].params["loss.margin"] != 0.2
+
+
+def test_the_same_seed_proposes_the_same_values(tmp_path: Path) -> None:
+    def values(name: str) -> list[Any]:
+        search = proposals(f"sqlite:///{tmp_path / name}", seed=3)
+        seen = []
+        for number in range(7):  # beyond the random start
+            seen.append(search.suggest(str(number)))
+            search.on_trial_complete(str(number), result(EPOCHS, 0.3 - 0.01 * number))
+        return seen
+
+    assert values("one.db") == values("two.db")
+
+
+def test_nothing_to_search_still_makes_a_study(storage: str) -> None:
+    search = proposals(storage, space={})
+    assert search.suggest("a") == {}
+    search.on_trial_complete("a", result(EPOCHS, 0.3))
+    assert search.suggest("b") == {}
+    assert [trial.state for trial in stored(storage)] == [TrialState.COMPLETE, TrialState.RUNNING]
+
+
+def test_choices_are_proposed_as_they_are_written(storage: str) -> None:
+    search = proposals(storage, space={"optimizer.name": CategoricalDistribution(["adamw", "sgd"])})
+    values = search.suggest("a")
+    assert values is not None and values["optimizer.name"] in ("adamw", "sgd")
+
+
+def test_no_more_trials_are_proposed_than_may_run_at_once(storage: str) -> None:
+    search = proposals(storage)
+    assert search.set_max_concurrency(2)
+    values = search.suggest("a")
+    assert values and search.suggest("b")
+    assert search.suggest("c") is None
+    search.on_trial_complete("a", error=True)
+    search.on_trial_result("a", result(1, 0.4))  # retried: it takes its place again
+    assert search.suggest("c") is None
+    search.on_trial_complete("a", result(EPOCHS, 0.3, **in_config(values)))
+    assert search.suggest("c")
+
+
+def test_results_that_come_again_after_a_kill_change_nothing(storage: str, tmp_path: Path) -> None:
+    search = proposals(storage)
+    search.suggest("pruned")
+    search.suggest("running")
+    search.on_trial_result("running", result(1, 0.4))
+    search.save(str(tmp_path / "snapshot"))
+    search.on_trial_result("running", result(2, 0.3))
+    search.on_trial_complete("pruned", result(1, 0.45))
+
+    search = killed_and_restored(search, storage, tmp_path / "snapshot")
+    search.on_trial_result("running", result(2, 0.3))
+    search.on_trial_result("running", result(3, 0.2))
+    search.on_trial_complete("running", result(4, 0.1))
+    search.on_trial_result("pruned", result(1, 0.45))
+    search.on_trial_complete("pruned", result(1, 0.45))
+
+    pruned, running = stored(storage)
+    assert (pruned.state, pruned.value) == (TrialState.PRUNED, 0.45)
+    assert (running.state, running.value) == (TrialState.COMPLETE, 0.1)
+    assert running.intermediate_values == {1: 0.4, 2: 0.3, 3: 0.2, 4: 0.1}
+
+
+def test_a_trial_that_tune_forgot_in_a_kill_failed_and_its_point_is_tried_again(storage: str, tmp_path: Path) -> None:
+    search = proposals(storage, points=[{"loss.margin": 0.2, "loss.scale": 30.0}])
+    search.save(str(tmp_path / "snapshot"))
+    search.suggest("forgotten")
+    search.suggest("forgotten too")
+
+    search = killed_and_restored(search, storage, tmp_path / "snapshot")
+    assert [trial.state for trial in stored(storage)] == [TrialState.FAIL, TrialState.FAIL, TrialState.WAITING]
+    assert search.suggest("a") == {"loss.margin": 0.2, "loss.scale": 30.0}
+
+
+@pytest.mark.parametrize("retry", ["a", "under a new id"])
+def test_the_success_of_a_retry_is_added(storage: str, retry: str) -> None:
+    search = proposals(storage)
+    values = search.suggest("a")
+    assert values is not None
+    search.on_trial_complete("a", error=True)
+    last = result(EPOCHS, 0.1, **in_config(values))
+    search.on_trial_result(retry, last)
+    search.on_trial_complete(retry, last)
+    failed, succeeded = stored(storage)
+    assert failed.state == TrialState.FAIL
+    assert (succeeded.state, succeeded.value, succeeded.params) == (TrialState.COMPLETE, 0.1, values)
+
+
+def test_optuna_talks_only_when_something_is_wrong(storage: str) -> None:
+    proposals(storage)
+    assert optuna.logging.get_verbosity() == logging.WARNING
