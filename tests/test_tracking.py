@@ -2,19 +2,27 @@ import json
 import math
 import pickle
 import shutil
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
+import ray.tune
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+from ray import cloudpickle
 
 from raysv.config import read_yaml
 from raysv.search import tracking
 from raysv.search.figures import det_figure
-from raysv.search.stopping import METRIC, TIME, outcome
+from raysv.search.proposals import OptunaProposals
+from raysv.search.stopping import METRIC, TIME, JournaledASHA, outcome
 from raysv.search.tracking import MLflowTracking, Outbox, StudyCard
 
 # MLflow 3.17 with SQLAlchemy 2.1
@@ -365,3 +373,95 @@ def test_a_det_curve_of_perfect_scores_can_be_drawn() -> None:
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["perfect"]
     assert all(math.isfinite(value) for line in axes.lines for value in (*line.get_xdata(), *line.get_ydata()))
+
+
+def train_stand_in(config: dict[str, Any], folder: Path) -> None:
+    """A trial that learns well where the margin is small, gives itself up at 0.4 and raises at 0.5."""
+    margin = config["loss.margin"]
+    home = folder / ray.tune.get_context().get_trial_id()
+    home.mkdir()
+    eers: list[float] = []
+    for epoch in range(1, EPOCHS + 1):
+        if margin == 0.5 and epoch == 2:
+            raise ValueError("this trial was made to fail")
+        diverged = {"failure": "the loss is NaN"} if margin == 0.4 and epoch == 2 else {}
+        eers.append(0.5 if diverged else margin + 0.1 / epoch)
+        path = write_checkpoint(home / str(epoch), eers)
+        ray.tune.report({TIME: epoch, METRIC: eers[-1], "loss/total": 2 * eers[-1], "checkpoint_path": path} | diverged)
+        if diverged:
+            return
+
+
+@pytest.fixture
+def small_ray() -> Iterator[None]:
+    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # its workers do not see the folder of the tests
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_ray")
+def test_tune_optuna_and_mlflow_tell_the_same_story(uri: str, tmp_path: Path) -> None:
+    margins = [0.1, 0.2, 0.5, 0.4, 0.05, 0.3]
+    storage = f"sqlite:///{tmp_path / 'optuna.db'}"
+    search = OptunaProposals(
+        {"loss.margin": FloatDistribution(0.0, 0.5)},
+        epochs=EPOCHS,
+        storage=storage,
+        study_name="study",
+        points=[{"loss.margin": margin} for margin in margins],
+    )
+    scheduler = JournaledASHA(tmp_path / "asha.jsonl", epochs=EPOCHS, grace_epochs=2, reduction_factor=2)
+    (tmp_path / "checkpoints").mkdir()
+    tuner = ray.tune.Tuner(
+        partial(train_stand_in, folder=tmp_path / "checkpoints"),
+        tune_config=ray.tune.TuneConfig(
+            metric=METRIC,
+            mode="min",
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=len(margins),
+            max_concurrent_trials=1,
+        ),
+        run_config=ray.tune.RunConfig(
+            name="study",
+            storage_path=str(tmp_path / "tune"),
+            callbacks=[MLflowTracking(StudyCard(uri, "study", BASE, searched=["loss.margin"], epochs=EPOCHS))],
+            verbose=0,
+        ),
+    )
+    grid = tuner.fit()
+
+    tune: dict[float, tuple[str, dict[int, float]]] = {}
+    for result in grid:
+        end = "error" if result.error else outcome(result.metrics, EPOCHS)[0]
+        rows = result.metrics_dataframe
+        tune[result.config["loss.margin"]] = end, dict(zip(rows[TIME], rows[METRIC], strict=True))
+    mlflow = {
+        float(run.data.params["loss.margin"]): (run.data.tags["raysv.outcome"], dict(curve(uri, run)))
+        for run in runs(uri)
+    }
+    states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "error"}
+    stored = {
+        trial.params["loss.margin"]: (
+            "error" if "failure" in trial.user_attrs else states[trial.state],
+            trial.intermediate_values,
+        )
+        for trial in optuna.load_study(study_name="study", storage=storage).trials
+    }
+    assert {margin: end for margin, (end, _) in tune.items()} == {
+        0.1: "complete",
+        0.2: "pruned",
+        0.5: "error",
+        0.4: "error",
+        0.05: "complete",
+        0.3: "pruned",
+    }
+    assert tune == mlflow == stored
+    failed = next(run for run in runs(uri) if run.data.params["loss.margin"] == "0.5")
+    assert failed.data.tags["raysv.error"] == "ValueError: this trial was made to fail"
+    (study,) = runs(uri, "study")
+    assert study.data.metrics["best_eer"] == pytest.approx(0.05 + 0.1 / 3)
+    assert study.data.tags["raysv.best_trial"] == grid.get_best_result().metrics["trial_id"]

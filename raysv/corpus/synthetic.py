@@ -37,9 +37,9 @@ ROOMS = 12
 ROOM_T60 = (0.2, 0.8)  # seconds
 
 HOP = SAMPLE_RATE // 100  # samples of a frame; its Hann window is two hops long, its FFT four, for formants to ring
-FREQUENCIES = np.fft.rfftfreq(4 * HOP, 1 / SAMPLE_RATE).astype(np.float32)  # Hz
-TRACKS = [5, 6, 7, 8]  # where in an articulator's column the fricative, voicing, frication and pitch begin
-LONGEST = 60_000  # samples: FFT length of a channel; fits the longest utterance and its room's echo
+FREQUENCIES = np.fft.rfftfreq(4 * HOP, 1 / SAMPLE_RATE).astype(np.float32)  # Hz, of a frame
+TRACKS = [5, 6, 7, 8]  # after the formants, the columns of fricative, voicing, frication and pitch in `_syllables`
+LONGEST = 54_000  # samples: FFT length of a channel; fits the longest utterance and its room's echo
 
 # F1 to F3 in Hz of ten vowels spoken by men: Peterson and Barney 1952, table II; F4 and F5 belong to the tract alone.
 VOWELS = np.array(
@@ -323,7 +323,8 @@ def _noises(generator: Generator) -> Iterator[Array]:
         ticks = white[2] * (generator.uniform(size=samples) < generator.uniform(3, 12) / SAMPLE_RATE)
         ticks += 1e-4 * white[3]  # no crop is silent
         yield coloured(ticks, np.exp(-np.square((frequencies - generator.uniform(1000, 5000)) / 800)))
-        strength = np.interp(time, np.arange(0, NOISE_SECONDS + 0.3, 0.3), generator.exponential(size=15))
+        gusts = np.arange(0, NOISE_SECONDS + 0.3, 0.3)  # seconds
+        strength = np.interp(time, gusts, generator.exponential(size=len(gusts)))
         yield coloured(white[3], 1 / np.sqrt(1 + frequencies / 200)) * strength
         yield np.sum([_speak(_voice(sex, generator), NOISE_SECONDS, generator) for sex in "fmfmfm"], axis=0)
 
@@ -351,7 +352,7 @@ def _write_clips(folder: Path, kind: str, clips: Iterable[Samples]) -> None:
 
 def _write_table(path: Path, rows: list[Row]) -> None:
     with path.open("w", encoding="ascii", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
