@@ -6,6 +6,7 @@ Dicts live outside (YAML, Ray, MLflow), dataclasses inside. Every value is check
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -199,6 +200,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def section_from_dict(cls: type[T], tree: Any, where: str = "") -> T:
     """An instance of a configuration dataclass from the dict that YAML holds for it; `where` is its dotted key."""
+    tree = {} if tree is None else tree  # YAML's word for a section with nothing in it
     if not isinstance(tree, dict):
         raise ValueError(f"{where or 'The configuration'} must be a mapping of keys to values, got {tree!r}.")
     hints = typing.get_type_hints(cls)
@@ -210,7 +212,7 @@ def section_from_dict(cls: type[T], tree: Any, where: str = "") -> T:
     for key, value in tree.items():
         path = f"{where}.{key}" if where else key
         nested = dataclasses.is_dataclass(hints[key])
-        values[key] = section_from_dict(hints[key], value or {}, path) if nested else _convert(path, value, hints[key])
+        values[key] = section_from_dict(hints[key], value, path) if nested else _convert(path, value, hints[key])
     return cls(**values)
 
 
@@ -234,16 +236,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def with_values(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """A copy of a tree with some leaves, named by dotted keys, set to other values."""
-    result = {key: value.copy() if isinstance(value, dict) else value for key, value in tree.items()}
+    result = copy.deepcopy(tree)
     for dotted, value in values.items():
-        head, _, rest = dotted.partition(".")
-        if rest:
-            branch = result.get(head) or {}
+        *sections, name = dotted.split(".")
+        branch = result
+        for section in sections:
+            if branch.get(section) is None:
+                branch[section] = {}
+            branch = branch[section]
             if not isinstance(branch, dict):
-                raise ValueError(f"{dotted} cannot be set: {head} is a value, not a section.")
-            result[head] = with_values(branch, {rest: value})
-        else:
-            result[head] = value
+                raise ValueError(f"{dotted} cannot be set: {section} is a value, not a section.")
+        branch[name] = value
     return result
 
 
@@ -254,7 +257,10 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"--set takes KEY=VALUE, for example --set loss.margin=0.3; got {setting!r}.")
-        values[key.strip()] = yaml.safe_load(text)
+        try:
+            values[key.strip()] = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {setting}: the value is not valid YAML: {error}") from error
     return values
 
 
@@ -266,7 +272,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"No file {path}. Name a YAML file, for example one from search_spaces/.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -274,16 +280,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {key: _expand(value, f"{path}: {key}") for key, value in tree.items()}
 
 
-def read_config(path: Path) -> Config:
-    """The configuration in a YAML file of its own."""
-    return config_from_dict(read_yaml(path))
-
-
 def write_yaml(tree: dict[str, Any], path: Path, header: str = "") -> None:
     """Write a tree as YAML, below a comment."""
     lines = "".join(f"# {line}\n" for line in header.splitlines())
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     path.write_text(lines + text, encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2, and no key hides another of the same name."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for position, (key, _) in enumerate(node.value):
+            if key.value in names[:position]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _section_name(cls: type) -> str:
@@ -300,25 +319,25 @@ def _check_value(path: str, value: Any, limits: Any) -> None:
     low, high, above = limits["low"], limits["high"], limits["above"]
     if low <= value <= high and value > above and math.isfinite(value):
         return
-    if above > -math.inf:
-        expected = f"must be larger than {above:g}"
+    if not math.isfinite(value):
+        expected = "must be finite"
+    elif above > -math.inf:
+        expected = f"must be larger than {above}"
     elif high < math.inf:
-        expected = f"must lie in [{low:g}, {high:g}]"
+        expected = f"must lie in [{low}, {high}]"
     else:
-        expected = f"must be at least {low:g}"
+        expected = f"must be at least {low}"
     hint = f" {limits['hint']}" if limits["hint"] else ""
-    raise ValueError(f"{path} {expected}, got {value:g}.{hint}")
+    raise ValueError(f"{path} {expected}, got {value}.{hint}")
 
 
 def _convert(path: str, value: Any, hint: Any) -> Any:
-    """The value as the type a field declares; YAML's near misses (1 for 1.0, the text 1e-3) are understood."""
+    """The value as the type a field declares; 1 passes for 1.0, and 1.0 for 1."""
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
         hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
     kind = typing.get_origin(hint) or hint
-    if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", value, re.IGNORECASE):
-        value = float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is int and isinstance(value, float) and value.is_integer():

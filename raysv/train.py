@@ -12,6 +12,7 @@ results/RUN/checkpoint, ready for raysv.verify.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import sys
@@ -54,7 +55,7 @@ def _train(chosen: argparse.Namespace) -> int:
         settings["data.skip_bad_audio"] = True
     space = _read_source(chosen.source, chosen.results, uri, settings)
     corpus = check_data(space, tests=True)
-    folder = open_study(space, chosen.results, chosen.name)
+    folder = open_study(space, chosen.results, chosen.name or _free_name(chosen.results, space.name))
     print(f"Training {chosen.source} for {space.epochs} epochs\nResults  {folder}\nMLflow   {uri}", flush=True)
     return _conclude(run_study(space, folder, corpus, uri, resume=False, tests=True), folder)
 
@@ -75,6 +76,12 @@ def _read_source(source: str, results: Path, uri: str, settings: dict[str, Any])
     if space.ranges:
         raise ValueError(f"{source} leaves {', '.join(space.ranges)} open. Search it with raysv.tune, or --set them.")
     return space
+
+
+def _free_name(results: Path, name: str) -> str:
+    """The name, with a number where runs of that name were made before."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if not (results / free).exists())
 
 
 def _conclude(study: Study, folder: Path) -> int:

@@ -25,7 +25,10 @@ DEFAULT_SPACE = Path("search_spaces/demo.yaml")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a study; 0 when it found a best configuration, 1 when no trial ended well, 2 for bad input, 130 if broken off."""
+    """Run a study.
+
+    Returns: 0 when a best configuration was found, 1 when no trial ended well, 2 for bad input, 130 if broken off.
+    """
     parser = argparse.ArgumentParser(
         "raysv.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,9 +85,8 @@ def _conclude(study: Study, folder: Path) -> int:
     """Print what was found and what to do next."""
     print(f"\n{study.table()}\n")
     if study.unfinished:
-        print(
-            f"Broken off with {study.unfinished} trials to go. Go on with:\n  python -m raysv.tune --resume {_shown(folder)}"
-        )
+        print(f"Broken off with {study.unfinished} trials to go. Go on with:")
+        print(f"  python -m raysv.tune --resume {_shown(folder)}")
         return 130
     if study.best is None:
         print(f"No trial ended well. The reasons are above and in {_shown(folder)}/tune/*/error.txt", file=sys.stderr)

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             _verify_list(chosen)
         else:
             raise ValueError(f"Name two recordings or one pair list, got {len(chosen.inputs)} files.")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"raysv.verify: {error}", file=sys.stderr)
         return 2
     return 0
@@ -71,7 +71,8 @@ def _verify_recordings(chosen: argparse.Namespace) -> None:
 
 
 def _verify_list(chosen: argparse.Namespace) -> None:
-    encoder, pairs_file = load_encoder(chosen.checkpoint), chosen.inputs[0]
+    encoder = load_encoder(chosen.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    pairs_file = chosen.inputs[0]
     root = (chosen.root or pairs_file.parent).expanduser().absolute()
     pairs, listed = load_pairs(pairs_file, root, cache_folder(DataConfig()))
     cohort = _cohort(encoder, chosen.cohort, root) if chosen.cohort else None
@@ -83,7 +84,8 @@ def _verify_list(chosen: argparse.Namespace) -> None:
             for pair, score in zip(listed, result.scores, strict=True)
         )
     costs = "   ".join(f"minDCF({prior:g}) {cost:.4f}" for prior, cost in result.rates.min_dcf.items())
-    print(f"EER {100 * result.rates.eer:.2f} %   {costs}   {len(listed)} pairs, scores in {target}")
+    count = f"{len(listed)} pairs of {len(pairs.store)} recordings"
+    print(f"EER {100 * result.rates.eer:.2f} %   {costs}   {count}, scores in {target}")
 
 
 def _cohort(encoder: SpeakerEncoder, file: Path, root: Path) -> torch.Tensor:

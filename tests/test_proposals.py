@@ -8,7 +8,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from raysv.search.proposals import OptunaProposals
-from raysv.search.stopping import METRIC, TIME
+from raysv.search.results import METRIC, TIME
 
 SPACE = {"loss.margin": FloatDistribution(0.1, 0.5), "loss.scale": FloatDistribution(16, 64, log=True)}
 EPOCHS = 4

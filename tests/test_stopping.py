@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from raysv.search.stopping import METRIC, TIME, JournaledASHA, outcome
+from raysv.search.results import METRIC, TIME, outcome
+from raysv.search.stopping import JournaledASHA
 
 EPOCHS = 9
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE

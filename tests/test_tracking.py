@@ -22,7 +22,8 @@ from raysv.config import read_yaml
 from raysv.search import tracking
 from raysv.search.figures import det_figure
 from raysv.search.proposals import OptunaProposals
-from raysv.search.stopping import METRIC, TIME, JournaledASHA, outcome
+from raysv.search.results import METRIC, TIME, outcome
+from raysv.search.stopping import JournaledASHA
 from raysv.search.tracking import MLflowTracking, Outbox, StudyCard
 
 # MLflow 3.17 with SQLAlchemy 2.1
@@ -304,6 +305,22 @@ def test_an_outage_costs_no_result_and_no_order(
     assert [record.message for record in caplog.records if record.name == tracking.__name__] == [
         "MLflow: ConnectionError: no answer. The study goes on."
     ]
+
+
+def test_an_epoch_whose_reply_got_lost_is_not_written_twice(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback, subject = new_driver(uri), trial()
+    tell(callback, "on_trial_start", subject)
+    with monkeypatch.context() as outage:
+        write = MlflowClient.log_batch
+
+        def write_and_lose_the_reply(*args: Any, **metrics: Any) -> None:
+            write(*args, **metrics)
+            raise ConnectionError("no answer")
+
+        outage.setattr(MlflowClient, "log_batch", write_and_lose_the_reply)
+        report(callback, subject, 1, 0.4)
+    callback.on_experiment_end([subject])
+    assert curve(uri, runs(uri)[0]) == [(1, 0.4)]
 
 
 def _unreachable(uri: str) -> MlflowClient:

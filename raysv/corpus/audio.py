@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import torchaudio.functional
 
 from raysv.config import SAMPLE_RATE
 
-AUDIO_SUFFIXES = (".wav", ".flac")
 FULL_SCALE = 32768  # int16 samples divided by it lie in [-1, 1)
+SMALLEST_DIVISOR = 10  # Hz, of a rate and 16 kHz together: the resampler's filters for 44101 Hz would take gigabytes
 
 Waveform = npt.NDArray[np.int16]
 
@@ -26,27 +27,27 @@ def read_audio(path: Path) -> Waveform:
     """The first channel of a WAV or FLAC file, at 16 kHz.
 
     Returns: `(samples,)` int16; exactly the file's own samples where it holds 16-bit audio at 16 kHz.
-    Raises: BadAudio for a file that is missing, unreadable, empty, silent, or has samples that are not finite.
+    Raises: BadAudio for a file that is missing, unreadable, empty, silent, has samples that are not finite, or a rate
+        that 16 kHz cannot be made of.
     """
     if not path.is_file():
         raise BadAudio("there is no such file")
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: a name that ends in .raw
         raise BadAudio(f"it cannot be read as audio ({error})") from error
     if not len(samples):
         raise BadAudio("it has no samples")
     channel = samples[:, 0]
     if not np.isfinite(channel).all():
         raise BadAudio("it has samples that are not finite (NaN or infinity)")
-    if rate != SAMPLE_RATE:
-        channel = torchaudio.functional.resample(torch.from_numpy(channel.copy()), rate, SAMPLE_RATE).numpy()
-    waveform = np.clip(np.rint(channel * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
-    if not len(waveform):
-        raise BadAudio("it has no samples at 16 kHz")
-    if int(waveform.max()) - int(waveform.min()) <= 1:  # a constant offset, or the flicker of the last bit
+    if np.ptp(channel) * FULL_SCALE <= 1:  # a constant offset, or the flicker of the last bit
         raise BadAudio("it is silent from beginning to end")
-    return waveform
+    if rate != SAMPLE_RATE:
+        if math.gcd(rate, SAMPLE_RATE) < SMALLEST_DIVISOR:
+            raise BadAudio(f"its rate of {rate} Hz has no simple ratio to {SAMPLE_RATE} Hz; convert it")
+        channel = torchaudio.functional.resample(torch.from_numpy(channel.copy()), rate, SAMPLE_RATE).numpy()
+    return np.clip(np.rint(channel * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
 def take(waveform: Waveform, start: int, length: int) -> Waveform:

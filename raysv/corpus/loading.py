@@ -25,6 +25,7 @@ from raysv.corpus.utterances import (
 )
 
 Indices = npt.NDArray[np.int64]
+Enrolments = dict[str, tuple[str, ...]]  # the recordings of each model that has several
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,12 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of training audio, labels and dev pairs: two runs with the same one learned from the same data."""
-        digest = hashlib.sha256(self.train.store.digest.encode())
-        for part in (
-            self.train.recordings,
-            self.train.labels,
-            self.dev.enrolment,
-            self.dev.test,
-            self.dev.same_speaker,
-        ):
-            digest.update(part.tobytes())
-        for store in (self.dev.store, *self.clips.values()):
-            digest.update(store.digest.encode())
+        """Hash of training audio, labels, dev pairs and clips: runs with the same one learned from the same data."""
+        stores = {"train": self.train.store, "dev": self.dev.store, **self.clips}
+        digest = hashlib.sha256("".join(f"{name} {store.digest}\n" for name, store in stores.items()).encode())
+        pairs = (self.dev.enrolment, self.dev.test, self.dev.same_speaker)
+        for part in (self.train.recordings, self.train.labels, *pairs, *self.dev.models):
+            digest.update(f"{len(part)} ".encode() + part.tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -101,31 +96,37 @@ def load_corpus(
         progress: called while recordings are decoded.
 
     Raises: ValueError when a list, a recording or a noise folder is not as it must be; all bad recordings at once.
+        OSError when the cache cannot be written.
     """
+    if "dev" in data.test_pairs:
+        raise ValueError("data.test_pairs has a list named dev, which is the name of data.dev_pairs. Rename it.")
     root = _root(data)
     train = read_utterances(root / data.train, root)
     known = {spoken.key: spoken for name in data.utterances for spoken in read_utterances(root / name, root)}
     enrolments = {model: parts for name in data.enrolments for model, parts in read_enrolments(root / name).items()}
-    lists = {"dev": data.dev_pairs, **data.test_pairs}
-    if len(lists) <= len(data.test_pairs):
-        raise ValueError("data.test_pairs has a list named dev, which is the name of data.dev_pairs. Rename it.")
-    pairs = {name: read_pairs(root / file) for name, file in lists.items()}
-    for name, listed in pairs.items():
-        _refuse_leak(root / lists[name], _named(listed, enrolments), train, known)
+    lists = {name: root / file for name, file in {"dev": data.dev_pairs, **data.test_pairs}.items()}
+    pairs = {name: read_pairs(file) for name, file in lists.items()}
+    paths = {name: _paths(root, listed, enrolments, known) for name, listed in pairs.items()}
+    for name, file in lists.items():
+        _refuse_leak(file, paths[name], train, known)
+    wanted = list(lists) if tests else ["dev"]
+    for name in wanted:
+        _refuse_unknown(lists[name], paths[name], known)
     kinds = augment.kinds if augment.strength > 0 else []
     clips = {kind: files for kind in kinds if (files := _clip_paths(data, kind, root))}
 
     cache = cache_folder(data)
-    wanted = pairs if tests else {"dev": pairs["dev"]}
-    paths = {
-        name: _paths(root, root / lists[name], _named(listed, enrolments), known) for name, listed in wanted.items()
-    }
     stores = {"train": open_store([spoken.path for spoken in train], cache, progress)}
-    stores |= {name: open_store(list(named.values()), cache, progress) for name, named in paths.items()}
+    stores |= {f"{name} pairs": open_store(list(paths[name].values()), cache, progress) for name in wanted}
     stores |= {f"{kind} clips": open_store(found, cache, progress) for kind, found in clips.items()}
-    _refuse_bad_audio(stores, data.skip_bad_audio)
+    if data.skip_bad_audio:
+        _refuse_nothing_left(stores)
+    else:
+        _refuse_bad_audio(stores, "Mend or remove them, or leave them out with --skip-bad-audio.")
 
-    pair_sets = {name: _pair_set(stores[name], paths[name], listed, enrolments) for name, listed in wanted.items()}
+    pair_sets = {
+        name: _pair_set(stores[f"{name} pairs"], lists[name], pairs[name], paths[name], enrolments) for name in wanted
+    }
     return Corpus(
         train=_training_set(stores["train"], train),
         dev=pair_sets.pop("dev"),
@@ -135,12 +136,16 @@ def load_corpus(
 
 
 def load_pairs(pairs: Path, root: Path, cache: Path) -> tuple[PairSet, list[VerificationPair]]:
-    """A pair list of its own, its recordings named by their paths below `root`."""
+    """A pair list of its own, its recordings named by their paths below `root`.
+
+    Raises: ValueError when a recording is missing or cannot be used, OSError when the cache cannot be written.
+    """
     listed = read_pairs(pairs)
-    paths = _paths(root, pairs, _named(listed, {}), {})
+    paths = _paths(root, listed, {}, {})
+    _refuse_unknown(pairs, paths, {})
     store = open_store(list(paths.values()), cache)
-    _refuse_bad_audio({"pairs": store}, skip=False)
-    return _pair_set(store, paths, listed, {}), listed
+    _refuse_bad_audio({"pairs": store}, "Mend them, or take their pairs out of the list.")
+    return _pair_set(store, pairs, listed, paths, {}), listed
 
 
 def _root(data: DataConfig) -> Path:
@@ -165,25 +170,32 @@ def _clip_paths(data: DataConfig, kind: str, root: Path) -> list[Path]:
     return read_clips(root / source, key, root)
 
 
-def _named(pairs: Iterable[VerificationPair], enrolments: dict[str, tuple[str, ...]]) -> list[str]:
-    """The recordings that pairs name, each once, an enrolment of several recordings replaced by them."""
+def _parts(name: str, enrolments: Enrolments) -> tuple[str, ...]:
+    """The recordings that an enrolment is made of: usually the one it is named after."""
+    return enrolments.get(name, (name,))
+
+
+def _paths(
+    root: Path, pairs: Iterable[VerificationPair], enrolments: Enrolments, known: dict[str, Utterance]
+) -> dict[str, Path]:
+    """The recordings that pairs name, each once, and where they are: as a manifest says, otherwise below the root."""
     keys: dict[str, None] = {}
     for pair in pairs:
-        keys.update(dict.fromkeys(enrolments.get(pair.enrolment, (pair.enrolment,))))
-        keys[pair.test] = None
-    return list(keys)
+        keys.update(dict.fromkeys((*_parts(pair.enrolment, enrolments), pair.test)))
+    return {key: known[key].path if key in known else root / key for key in keys}
 
 
-def _refuse_leak(file: Path, keys: Sequence[str], train: Sequence[Utterance], known: dict[str, Utterance]) -> None:
-    trained_keys, trained = {spoken.key for spoken in train}, {spoken.speaker for spoken in train}
+def _refuse_leak(file: Path, paths: dict[str, Path], train: Sequence[Utterance], known: dict[str, Utterance]) -> None:
+    trained_speakers = {spoken.speaker for spoken in train}
+    trained_keys, trained_paths = {spoken.key for spoken in train}, {spoken.path for spoken in train}
     leaks = set()
-    for key in keys:
-        if key in trained_keys:
+    for key, path in paths.items():
+        if key in trained_keys or path in trained_paths:
             leaks.add(key)
         elif key in known:
-            leaks |= {known[key].speaker} & trained
-        else:  # no manifest says who speaks; VoxCeleb and CN-Celeb have a folder per speaker
-            leaks |= set(Path(key).parts[:-1]) & trained
+            leaks |= {known[key].speaker} & trained_speakers
+        else:  # no manifest says who speaks, but many corpora have a folder per speaker
+            leaks |= set(Path(key).parts[:-1]) & trained_speakers
     if leaks:
         shown = ", ".join(sorted(leaks)[:10])
         raise ValueError(
@@ -193,28 +205,27 @@ def _refuse_leak(file: Path, keys: Sequence[str], train: Sequence[Utterance], kn
         )
 
 
-def _paths(root: Path, file: Path, keys: Sequence[str], known: dict[str, Utterance]) -> dict[str, Path]:
-    paths = {key: known[key].path if key in known else root / key for key in keys}
-    missing = [key for key, path in paths.items() if key not in known and not path.is_file()]
-    if missing:
+def _refuse_unknown(file: Path, paths: dict[str, Path], known: dict[str, Utterance]) -> None:
+    unknown = [key for key, path in paths.items() if key not in known and not path.is_file()]
+    if unknown:
         raise ValueError(
-            f"{file} names {len(missing)} recordings that are in no manifest of data.utterances and no files below "
-            f"{root}, first {missing[0]!r}. Mend the list, or add the manifest that knows them."
+            f"{file} names {len(unknown)} recordings that no manifest lists and that are no files, first "
+            f"{unknown[0]!r} at {paths[unknown[0]]}. Mend the list, or add the manifest to data.utterances."
         )
-    return paths
 
 
-def _refuse_bad_audio(stores: dict[str, WaveformStore], skip: bool) -> None:
+def _refuse_bad_audio(stores: dict[str, WaveformStore], remedy: str) -> None:
     problems = {path: why for store in stores.values() for path, why in store.problems.items()}
-    if problems and not skip:
+    if problems:
         listed = "\n".join(f"  {path}: {why}" for path, why in problems.items())
-        raise ValueError(
-            f"{len(problems)} recordings cannot be used:\n{listed}\n"
-            "Mend or remove them, or leave them out with --skip-bad-audio."
-        )
+        raise ValueError(f"{len(problems)} recordings cannot be used:\n{listed}\n{remedy}")
+
+
+def _refuse_nothing_left(stores: dict[str, WaveformStore]) -> None:
     for name, store in stores.items():
-        if not store.lengths.any():
-            raise ValueError(f"None of the {len(store)} recordings of {name} can be used.")
+        if not len(store.usable):
+            path, why = next(iter(store.problems.items()))
+            raise ValueError(f"None of the {len(store)} recordings of {name} can be used; {path}: {why}.")
 
 
 def _training_set(store: WaveformStore, train: Sequence[Utterance]) -> TrainingSet:
@@ -227,22 +238,27 @@ def _training_set(store: WaveformStore, train: Sequence[Utterance]) -> TrainingS
 
 def _pair_set(
     store: WaveformStore,
-    paths: dict[str, Path],
+    file: Path,
     pairs: Sequence[VerificationPair],
-    enrolments: dict[str, tuple[str, ...]],
+    paths: dict[str, Path],
+    enrolments: Enrolments,
 ) -> PairSet:
     """The pairs as indices; those of a recording that was left out are left out too."""
-    place = {key: index for index, key in enumerate(paths) if store.lengths[index]}
-    models: dict[str, int] = {}
-    parts: list[Indices] = []
-    rows = []
+    places = {key: index for index, key in enumerate(paths) if store.lengths[index]}
+    models: dict[str, list[int]] = {}
     for pair in pairs:
         if pair.enrolment not in models:
-            usable = [place[key] for key in enrolments.get(pair.enrolment, (pair.enrolment,)) if key in place]
-            models[pair.enrolment] = len(parts)
-            parts.append(np.array(usable, np.int64))
-        model = models[pair.enrolment]
-        if len(parts[model]) and pair.test in place:
-            rows.append((model, place[pair.test], pair.same_speaker))
-    table = np.array(rows, np.int64).reshape(-1, 3)
-    return PairSet(store, parts, table[:, 0], table[:, 1], table[:, 2].astype(bool))
+            models[pair.enrolment] = [places[key] for key in _parts(pair.enrolment, enrolments) if key in places]
+    numbers = {name: number for number, name in enumerate(name for name, parts in models.items() if parts)}
+    rows = [
+        (numbers[pair.enrolment], places[pair.test], pair.same_speaker)
+        for pair in pairs
+        if pair.enrolment in numbers and pair.test in places
+    ]
+    enrolment, test, same_speaker = np.array(rows, np.int64).reshape(-1, 3).T
+    for kind, there in (("of one speaker", same_speaker.any()), ("of different speakers", not same_speaker.all())):
+        if not there:
+            left_out = " whose recordings can be used" if store.problems else ""
+            raise ValueError(f"{file} has no pairs {kind}{left_out}, and an error rate needs some of either kind.")
+    parts = [np.array(parts, np.int64) for parts in models.values() if parts]
+    return PairSet(store, parts, enrolment, test, same_speaker.astype(bool))

@@ -42,7 +42,8 @@ class SpeakerBatches:
 
     def epoch(self, epoch: int) -> Indices:
         """The recordings of an epoch, `(steps, speakers × utterances)`; a speaker's are next to each other."""
-        generator = np.random.default_rng([self.seed, epoch])
+        # a spawn key, because the seeds [seed, epoch] and [seed, epoch, 0] of another room give the same numbers
+        generator = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
         groups = [self._groups(recordings, generator) for recordings in self._recordings]
         order = self._order(generator)
         taken = np.zeros(len(groups), np.int64)

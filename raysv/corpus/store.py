@@ -74,11 +74,16 @@ def open_store(paths: Sequence[Path], cache: Path, progress: Progress | None = N
     Raises: OSError when the cache cannot be written, a full disk included; what was written is removed.
     """
     folder = cache / f"waveforms-{_fingerprint(paths)}"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
-            if not folder.is_dir():
-                _build(paths, folder, progress)
+    try:
+        if not folder.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.with_suffix(".lock")):
+                if not folder.is_dir():
+                    _build(paths, folder, progress)
+    except OSError as error:
+        raise OSError(
+            f"{cache} cannot keep decoded recordings: {error}. Name a folder with room by data.cache or RAYSV_CACHE."
+        ) from error
     return WaveformStore(folder)
 
 

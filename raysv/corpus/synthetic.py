@@ -193,7 +193,7 @@ def _syllables(voice: Voice, frames: int, generator: Generator) -> Samples:
     lengths = np.stack([uniform(5, 12, count), uniform(8, 22, count), uniform(10, 30, count)], 1) / voice.tempo
     lengths[:, 2] *= uniform(size=count) < 0.1
     shuffled = uniform(size=(count // len(VOWELS) + 1, len(VOWELS))).argsort(axis=1)
-    loudness = 10 ** (generator.normal(0, 3, count) / 20)
+    loudness = 10 ** (generator.normal(0, 2, count) / 20)
     voiceless = uniform(size=count) < 0.6
     steps = np.zeros((count, 3, 9))
     formants, fricative, voicing, frication, semitones = np.split(steps, TRACKS, axis=2)  # views
@@ -201,7 +201,7 @@ def _syllables(voice: Voice, frames: int, generator: Generator) -> Samples:
     fricative[:, :, 0] = voice.fricative * uniform(2000, 6500, (count, 1))
     voicing[:, 0, 0] = np.where(voiceless, 0, 0.3 * loudness)
     voicing[:, 1, 0] = loudness
-    frication[:, 0, 0] = np.where(voiceless, uniform(0.02, 0.2, count), 0)
+    frication[:, 0, 0] = np.where(voiceless, uniform(0.05, 0.15, count), 0)
     semitones[:, :, 0] = generator.normal(0, voice.pitch_range, (count, 1))
     tracks = np.repeat(steps.reshape(-1, 9), lengths.round().astype(int).ravel(), axis=0)[:frames]
     kernel = np.hanning(9) / np.hanning(9).sum()
@@ -255,12 +255,12 @@ def _channel(generator: Generator) -> Channel:
     frequencies = np.fft.rfftfreq(LONGEST, 1 / SAMPLE_RATE)
     places = np.log1p(frequencies / 500)
     bumps = np.linspace(0, places[-1], 8)
-    gain_db = np.interp(places, bumps, generator.normal(0, 1.5, len(bumps)))
-    low, high = generator.uniform(50, 200), generator.uniform(6000, 8000)
+    gain_db = np.interp(places, bumps, generator.normal(0, 1.2, len(bumps)))
+    low, high = generator.uniform(50, 200), generator.uniform(6500, 8000)
     band = 1 / np.sqrt((1 + (low / np.maximum(frequencies, 1)) ** 4) * (1 + (frequencies / high) ** 12))
     room = _room(generator.uniform(0.05, 0.25), generator.uniform(12, 20), generator)
     noise = (1 + frequencies / 100) ** -generator.uniform(0, 1)
-    noise *= 10 ** (-generator.uniform(30, 45) / 20) / np.sqrt(np.mean(noise**2))
+    noise *= 10 ** (-generator.uniform(35, 45) / 20) / np.sqrt(np.mean(noise**2))
     return Channel(
         response=(np.fft.rfft(room, LONGEST) * band * 10 ** (gain_db / 20)).astype(np.complex64),
         noise=noise.astype(np.float32),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from raysv.config import Config, config_from_dict, config_to_dict, write_yaml
+from raysv.config import Config, config_from_dict, config_to_dict, read_yaml, write_yaml
 from raysv.speech.encoder import SpeakerEncoder
 from raysv.verification.evaluation import Evaluation
 from raysv.verification.metrics import det_curve
@@ -73,32 +73,52 @@ def save_checkpoint(folder: Path, standing: Standing, encoder: SpeakerEncoder, t
     write_yaml(description, folder / "checkpoint.yaml")
 
 
-def load_encoder(folder: Path) -> SpeakerEncoder:
+def load_encoder(folder: Path | str) -> SpeakerEncoder:
     """The encoder of a checkpoint, in eval mode on the CPU. No pickle is run.
 
-    Raises: ValueError when the folder is not a checkpoint.
+    Raises: ValueError when the folder is not a checkpoint, or a damaged one.
     """
+    folder = Path(folder)
     config, _ = describe_checkpoint(folder)
     encoder = SpeakerEncoder(config.model)
-    encoder.load_state_dict(_load(folder / "encoder.pt"))
+    weights = _load(folder / "encoder.pt")
+    try:
+        encoder.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / 'encoder.pt'} does not hold the weights of the encoder that checkpoint.yaml describes. "
+            "The two are of different checkpoints."
+        ) from error
     return encoder.eval()
 
 
 def describe_checkpoint(folder: Path) -> tuple[Config, dict[str, Any]]:
-    """A checkpoint's configuration and the rest of its `checkpoint.yaml`."""
+    """A checkpoint's configuration and the rest of its `checkpoint.yaml`.
+
+    Raises: ValueError when the folder is not a checkpoint.
+    """
     file = folder / "checkpoint.yaml"
     if not file.is_file():
         raise ValueError(
             f"{folder} is no checkpoint: it has no checkpoint.yaml. Name the folder that raysv.train wrote."
         )
-    description = yaml.safe_load(file.read_text(encoding="utf-8"))
+    description = read_yaml(file)
+    if "config" not in description:
+        raise ValueError(f"{file} has no key config. The checkpoint is damaged, or the file is no checkpoint's.")
     return config_from_dict(description.pop("config")), description
 
 
 def load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, float]]]:
-    """What `fit` needs to go on: encoder weights, training state and the metrics of the epochs before."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return _load(folder / "encoder.pt"), _load(folder / TRAINING_STATE), [json.loads(line) for line in lines]
+    """What `fit` needs to go on: encoder weights, training state and the metrics of the epochs before.
+
+    Raises: ValueError when a file of it is missing or damaged.
+    """
+    file = folder / "metrics.jsonl"
+    try:
+        history = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}. The checkpoint is incomplete or damaged.") from error
+    return _load(folder / "encoder.pt"), _load(folder / TRAINING_STATE), history
 
 
 def versions() -> dict[str, str]:
@@ -110,8 +130,14 @@ def versions() -> dict[str, str]:
 def _load(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds something other than weights, which is not loaded: it could run code. "
+            "Take the checkpoint anew from where it was made."
+        ) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} cannot be loaded: {error}. The checkpoint is incomplete or damaged.") from error
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise ValueError(f"{file} cannot be loaded: {reason}. The checkpoint is incomplete or damaged.") from error
 
 
 def _readme(standing: Standing) -> str:
@@ -119,14 +145,14 @@ def _readme(standing: Standing) -> str:
     return f"""# Speaker encoder
 
 ECAPA-TDNN with {model.channels} channels and embeddings of {model.embedding_dim} dimensions, trained with
-raysv {version("raysv")} on {standing.speakers} speakers for {latest["epoch"]:.0f} of {standing.config.training.epochs} epochs.
+raysv {version("raysv")} on {standing.speakers} speakers: epoch {latest["epoch"]:.0f} of {standing.config.training.epochs}.
 EER on the dev pairs: {100 * latest["dev/eer"]:.2f} %. The full configuration is in `checkpoint.yaml`.
 
 Are two recordings of one speaker? From the command line, and from Python:
 
     python -m raysv.verify THIS_FOLDER a.wav b.wav
 
-    from raysv import load_encoder
+    from raysv.learning.checkpoint import load_encoder
     encoder = load_encoder("THIS_FOLDER")
     embeddings = encoder.embed([waveform_a, waveform_b])   # 16 kHz, in [-1, 1): (2, {model.embedding_dim})
 """

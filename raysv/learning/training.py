@@ -17,23 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from raysv.config import Config
-from raysv.corpus.loading import Corpus, load_corpus
+from raysv.corpus.loading import Corpus, PairSet, load_corpus
 from raysv.distributed import gather, rank, wrap
 from raysv.learning.checkpoint import Standing, load_training_state, save_checkpoint
 from raysv.learning.losses import AAMSupCon, Losses
 from raysv.learning.views import Batch, ViewBatches, loader, make_views
 from raysv.speech.encoder import SpeakerEncoder
 from raysv.speech.features import BandMasks
-from raysv.verification.evaluation import evaluate
+from raysv.verification.evaluation import Evaluation, NotFiniteError, evaluate
 
 Metrics = dict[str, float]
 Report = Callable[[Metrics, Path | None], None]
 
 CHECK_STEPS = 50  # how often the loss is looked at; every look makes a GPU wait for Python
+MEASURES = ("loss/total", "loss/aam", "loss/supcon", "train/accuracy", "train/gradient_norm")  # of a step
 
 
 class DivergedError(RuntimeError):
-    """The loss is no number any more; no further epoch can mend it."""
+    """The loss, its gradient or the embeddings are infinite or no numbers; no further epoch can mend it."""
 
 
 class Learner(nn.Module):
@@ -68,7 +69,8 @@ def fit(
         resume: a checkpoint of this configuration to go on from.
         tests: whether to evaluate the test lists too, once, after the last epoch.
 
-    Raises: DivergedError when the loss becomes infinite or no number; ValueError when the data do not fit.
+    Raises: DivergedError when the loss becomes infinite or no number; ValueError when the data, the number of workers
+        or the checkpoint do not fit.
     """
     device = device or torch.device("cpu")
     corpus = load_corpus(config.data, config.augment, tests=tests)
@@ -82,11 +84,11 @@ def fit(
     )
     for epoch in range(len(history) + 1, config.training.epochs + 1):
         metrics = run.train_epoch(epoch, batches)
-        dev = evaluate(run.learner.encoder, corpus.dev)
+        dev = run.evaluate(corpus.dev, epoch)
         metrics |= dev.metrics("dev")
         if tests and epoch == config.training.epochs:
             for name, pairs in corpus.tests.items():
-                metrics |= evaluate(run.learner.encoder, pairs).metrics(name)
+                metrics |= run.evaluate(pairs, epoch).metrics(name)
         history.append(metrics)
         if rank() > 0:
             report(metrics, None)
@@ -113,35 +115,38 @@ class _Run:
         """One pass over the training list; the metrics are means over its steps."""
         self.learner.train()
         steps, started = self.batches.steps, time.perf_counter()
-        totals = torch.zeros(len(Losses._fields), device=self.device)
+        totals = torch.zeros(len(MEASURES), device=self.device)
         for step in range(steps):
-            progress = epoch - 1 + step / steps
-            learning_rate, margin = self._follow_schedules(progress)
+            learning_rate, margin = self._follow_schedules(epoch - 1 + (step + 0.5) / steps)
             totals += self._step(next(batches).to(self.device))
             if (step + 1) % CHECK_STEPS == 0 or step + 1 == steps:
                 self._refuse_divergence(totals, epoch, step + 1)
         seconds = time.perf_counter() - started
-        losses = dict(zip(Losses._fields, (totals / steps).tolist(), strict=True))
         return {
             "epoch": epoch,
-            "loss/total": losses["total"],
-            "loss/aam": losses["aam"],
-            "loss/supcon": losses["supcon"],
-            "train/accuracy": losses["accuracy"],
+            **dict(zip(MEASURES, (totals / steps).tolist(), strict=True)),
             "schedule/learning_rate": learning_rate,
             "schedule/margin": margin,
             "speed/views_per_second": steps * self.config.batch.size * self.config.batch.views / seconds,
             "speed/epoch_seconds": seconds,
         }
 
+    def evaluate(self, pairs: PairSet, epoch: int) -> Evaluation:
+        """Judge the encoder as it is after an epoch."""
+        try:
+            return evaluate(self.learner.encoder, pairs)
+        except NotFiniteError as error:
+            raise DivergedError(f"Training diverged in epoch {epoch}: {error} {self._advice}") from error
+
     def _step(self, batch: Batch) -> Tensor:
+        """One update; returns its `MEASURES`."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             losses = self.parallel(batch)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
-        nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optimizer.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
-        return torch.stack(losses).detach()
+        return torch.stack([*losses, norm]).detach()
 
     def _follow_schedules(self, progress: float) -> tuple[float, float]:
         learning_rate = learning_rate_at(self.config, progress)
@@ -151,11 +156,15 @@ class _Run:
         return learning_rate, self.learner.loss.margin
 
     def _refuse_divergence(self, totals: Tensor, epoch: int, step: int) -> None:
-        if not math.isfinite(totals[0].item()):
-            raise DivergedError(
-                f"The loss became {totals[0].item()} in epoch {epoch}, at or before step {step}. Lower "
-                f"optimizer.learning_rate (it is {self.config.optimizer.learning_rate:g}) or lengthen its warm-up."
-            )
+        loss, *_, norm = totals.tolist()
+        if not math.isfinite(loss + norm):
+            what = f"The gradient's norm became {norm}" if math.isfinite(loss) else f"The loss became {loss}"
+            raise DivergedError(f"{what} in epoch {epoch}, at or before step {step}. {self._advice}")
+
+    @property
+    def _advice(self) -> str:
+        rate = self.config.optimizer.learning_rate
+        return f"Lower optimizer.learning_rate (it is {rate:g}) or lengthen its warm-up."
 
     def state(self) -> dict[str, Any]:
         """What going on needs beside the encoder's weights. Batches follow from the seed and the epoch alone."""
@@ -174,9 +183,10 @@ def learning_rate_at(config: Config, epochs: float) -> float:
     """The learning rate after so many epochs: a straight line up, then half a cosine down to the final share."""
     schedule = config.optimizer
     if epochs < schedule.warmup_epochs:
-        return schedule.learning_rate * max(epochs, 1e-3) / schedule.warmup_epochs
-    span = max(config.training.epochs - schedule.warmup_epochs, 1e-9)
-    cosine = (1 + math.cos(math.pi * min(1.0, (epochs - schedule.warmup_epochs) / span))) / 2
+        return schedule.learning_rate * epochs / schedule.warmup_epochs
+    falling = config.training.epochs - schedule.warmup_epochs
+    progress = (epochs - schedule.warmup_epochs) / falling if falling else 0.0
+    cosine = (1 + math.cos(math.pi * progress)) / 2
     return schedule.learning_rate * (schedule.final_learning_rate + (1 - schedule.final_learning_rate) * cosine)
 
 

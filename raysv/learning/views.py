@@ -6,6 +6,7 @@ Reading happens here, on the CPU and ahead of time; mixing happens in `make_view
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +20,14 @@ from raysv.corpus.audio import FULL_SCALE, take
 from raysv.corpus.loading import Corpus
 from raysv.corpus.sampling import SpeakerBatches
 from raysv.corpus.store import WaveformStore
-from raysv.distributed import shard
+from raysv.distributed import shard, world_size
 from raysv.speech.augmentation import ADDITIVE, Choices, add_noise, choose, recipe, reverberate
 from raysv.speech.features import MELS, num_frames
 
 RESPONSE_SAMPLES = SAMPLE_RATE  # a room response is cut after this much: later echoes are 60 dB down in most rooms
 
 Floats = npt.NDArray[np.float32]
-Step = tuple[int, int]  # epoch and step in it, both from 1 and 0
+Step = tuple[int, int]  # epoch, from 1, and step in it, from 0
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device, copied without waiting."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Batch(views=self.views, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the DataLoader's pinning thread calls it."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Batch(views=self.views, **{name: value.pin_memory() for name, value in tensors.items()})
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Batch(views=self.views, **tensors)
 
 
 def make_views(batch: Batch) -> Tensor:
@@ -80,7 +83,9 @@ def make_views(batch: Batch) -> Tensor:
 class ViewBatches(Dataset[Batch]):
     """This worker's share of every batch, looked up by (epoch, step).
 
-    Stateless: what a batch holds follows from the seed, the epoch and the step, so any process may make any batch.
+    What a batch holds follows from the seed, the epoch and the step alone, so any process may make any batch.
+
+    Raises: ValueError when there are fewer utterances in a batch than workers.
     """
 
     def __init__(self, config: Config, corpus: Corpus) -> None:
@@ -95,8 +100,15 @@ class ViewBatches(Dataset[Batch]):
         )
         self.recipe, self.kinds = recipe(config.augment.strength), config.augment.kinds
         self.samples = round(config.batch.crop_seconds * SAMPLE_RATE)
-        self._by_speaker = [np.flatnonzero(self.train.labels == label) for label in range(len(self.train.speakers))]
-        self._epoch, self._order = 0, self.sampler.epoch(0)
+        if config.batch.size < world_size():
+            raise ValueError(
+                f"A batch of {config.batch.size} utterances (batch.speakers × batch.utterances_per_speaker) cannot be "
+                f"shared by {world_size()} workers: each needs one. Enlarge it or lower resources.workers."
+            )
+        self._mine = shard(config.batch.size)  # asked here: a loader process may not know of the other workers
+        ends = np.cumsum(np.bincount(self.train.labels))
+        self._by_speaker = np.split(np.argsort(self.train.labels, kind="stable"), ends[:-1])
+        self._epoch, self._order = 0, np.zeros((0, 0), np.int64)
 
     @property
     def steps(self) -> int:
@@ -107,12 +119,11 @@ class ViewBatches(Dataset[Batch]):
         epoch, step = when
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self.sampler.epoch(epoch)
-        generator = np.random.default_rng([self.seed, epoch, step])
+        generator = np.random.default_rng([self.seed, epoch, step + 1])  # NumPy takes [.., 0] for the sampler's [..]
         views = (self.batch.size, self.batch.views)
         starts = generator.random(self.batch.size)
         choices = choose(self.recipe, self.kinds, views, num_frames(self.samples), MELS, generator)
-        mine = shard(self.batch.size)
-        return self._read(self._order[step][mine], starts[mine], choices[mine])
+        return self._read(self._order[step][self._mine], starts[self._mine], choices[self._mine])
 
     def _read(self, utterances: npt.NDArray[np.int64], starts: npt.NDArray[np.float64], choices: Choices) -> Batch:
         crops = [
@@ -145,9 +156,8 @@ class ViewBatches(Dataset[Batch]):
         kind, clip, offset = ADDITIVE[choices.kind[view]], choices.clip[view], choices.offset[view]
         if kind != "babble":
             return self._clip(self.clips[kind], clip[0], offset[0])
-        voices = range(choices.voices[view])
         babble = np.zeros(self.samples, np.float32)
-        for voice in voices:
+        for voice in range(choices.voices[view]):
             if kind in self.clips:
                 talker = self._clip(self.clips[kind], clip[voice], offset[voice])
             else:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.state import list_nodes
 
 from raysv.search.space import ResourcesConfig
 
+DASHBOARD_SECONDS = 120
+LOCAL_SETTINGS = {"RAY_worker_maximum_startup_concurrency": "16"}  # a trial has many helpers; Ray warns of each dozen
 LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; nothing large goes through it, audio is memory-mapped
 
 
@@ -32,38 +36,53 @@ class Allotment:
 
 
 def connect() -> str:
-    """Join the cluster of `RAY_ADDRESS` or of this machine; start a private one where there is none.
+    """Join the cluster of `RAY_ADDRESS`, or the one that `ray start` made on this machine, or start a private one.
 
     Returns: where it is, in words.
     Raises: ValueError when the address does not answer, or the cluster lacks the service that frees a stopped trial's
         workers.
     """
-    wanted = os.environ.get("RAY_ADDRESS", "")
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    place = f"the cluster at {wanted}"
+    for name, value in LOCAL_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    wanted = os.environ.get("RAY_ADDRESS") or None
     try:
-        if wanted != "local":
-            ray.init(address=wanted or "auto", **quiet)
-            place = place if wanted else "the cluster this machine belongs to"
-    except ConnectionError as error:
-        if wanted:
-            raise ValueError(f"RAY_ADDRESS is {wanted}, but no Ray cluster answers there: {error}") from error
-    if not ray.is_initialized():
-        ray.init(address="local", object_store_memory=LOCAL_OBJECT_STORE, include_dashboard=True, **quiet)
+        # only a new cluster takes these options; joining one, Ray refuses them
+        _init(wanted, object_store_memory=LOCAL_OBJECT_STORE, include_dashboard=True)
         place = "this machine alone"
-    try:
-        list_nodes(timeout=30)
-    except Exception as error:
-        ray.shutdown()
-        raise ValueError(
-            "The cluster's dashboard does not answer. Without it Ray Train cannot free the workers of a trial that was "
-            "stopped, and the study would starve. Install ray[default] on the head node and leave the dashboard on."
-        ) from error
+    except ValueError:
+        try:
+            _init(wanted)
+        except ConnectionError as error:
+            raise ValueError(f"RAY_ADDRESS is {wanted}, but no Ray cluster answers there: {error}") from error
+        place = f"the cluster at {ray.get_runtime_context().gcs_address}"
+    _await_dashboard()
     return place
 
 
-def allot(resources: ResourcesConfig, concurrent_trials: int | None) -> Allotment:
-    """Share the connected cluster out.
+def _init(address: str | None, **options: Any) -> None:
+    ray.init(address=address, log_to_driver=False, logging_level="error", **options)
+
+
+def _await_dashboard() -> None:
+    """Wait for the state service, which starts last and may take its time on a busy machine."""
+    deadline = time.monotonic() + DASHBOARD_SECONDS
+    while True:
+        try:
+            list_nodes(timeout=10)
+            return
+        except Exception as error:  # Ray raises whatever its HTTP client does
+            if time.monotonic() > deadline:
+                ray.shutdown()
+                raise ValueError(
+                    f"The cluster's dashboard does not answer: {error}. Without it Ray Train cannot free the workers "
+                    "of a trial that was stopped, and the study would starve. Install ray[default] on the head node "
+                    "and leave the dashboard on."
+                ) from error
+            time.sleep(1)
+
+
+def allot(resources: ResourcesConfig, most_trials: int) -> Allotment:
+    """Share the connected cluster out over at most so many trials at a time.
 
     Raises: ValueError when not even one trial fits, naming what is there and what is needed.
     """
@@ -79,7 +98,7 @@ def allot(resources: ResourcesConfig, concurrent_trials: int | None) -> Allotmen
             f"each, but the cluster has {has}, room for {places}. Lower resources.workers, or join a larger cluster."
         )
     fitting = places // resources.workers
-    return Allotment(per_worker, min(fitting, concurrent_trials or fitting), "nccl" if per_worker else "gloo")
+    return Allotment(per_worker, min(fitting, most_trials), "nccl" if per_worker else "gloo")
 
 
 def _workers_on(node: dict[str, float], needs: dict[str, float]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune import Callback
 
-from raysv.search.stopping import METRIC, TIME, outcome
+from raysv.search.results import METRIC, TIME, outcome, trial_name
 
 
 class Progress(Callback):
@@ -21,12 +21,15 @@ class Progress(Callback):
 
     def __init__(self, trials: int, epochs: int, single: bool = False) -> None:
         self._trials, self._epochs, self._single = trials, epochs, single
-        self._numbers: dict[str, int] = {}
         self._reached: dict[str, int] = {}  # trial → its last epoch
         self._ended: set[str] = set()
         self._best: tuple[float, str] | None = None
         self._started = time.monotonic()
-        self._seen = 0  # epochs that this driver saw, which tell the pace
+        self._seen = 0  # epochs that this driver saw: they tell the pace
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Start the clock of this driver."""
+        self._started, self._seen = time.monotonic(), 0
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A line with the values that a trial tries."""
@@ -43,7 +46,7 @@ class Progress(Callback):
         value, epoch = result[METRIC], result[TIME]
         self._reached[trial.trial_id] = epoch
         if self._best is None or value < self._best[0]:
-            self._best = value, self._name(trial)
+            self._best = value, trial_name(trial)
         best = "" if self._single else f"   best {100 * self._best[0]:.2f} % ({self._best[1]})"
         left = self._time_left()
         self._say(trial, f"epoch {epoch}/{self._epochs}   EER {100 * value:.2f} %{best}{left}")
@@ -67,15 +70,11 @@ class Progress(Callback):
 
     def get_state(self) -> dict[str, Any]:
         """What a resumed study still knows."""
-        return {"numbers": self._numbers, "reached": self._reached, "ended": self._ended, "best": self._best}
+        return {"reached": self._reached, "ended": self._ended, "best": self._best}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on counting where the driver before stopped."""
-        self._numbers, self._reached = state["numbers"], state["reached"]
-        self._ended, self._best = state["ended"], state["best"]
-
-    def _name(self, trial: Any) -> str:
-        return f"t{self._numbers.setdefault(trial.trial_id, len(self._numbers)):03d}"
+        self._reached, self._ended, self._best = state["reached"], state["ended"], state["best"]
 
     def _count(self) -> str:
         return "" if self._single else f"   {len(self._ended)} of {self._trials} trials ended"
@@ -90,7 +89,7 @@ class Progress(Callback):
         return f"   about {_duration(seconds)} left" if seconds >= 1 else ""
 
     def _say(self, trial: Any, text: str) -> None:
-        name = "" if self._single else f"{self._name(trial)}  "
+        name = "" if self._single else f"{trial_name(trial)}  "
         print(f"[{_duration(time.monotonic() - self._started):>7}] {name}{text}", flush=True)
 
 

@@ -12,7 +12,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.search.optuna import OptunaSearch
 
-from raysv.search.stopping import METRIC, TIME, outcome
+from raysv.search.results import METRIC, TIME, outcome
 
 USUAL_STARTUP_TRIALS = 10  # Optuna's own number of random trials before its model is used
 SQLITE_PATIENCE_SECONDS = 60  # for a lock: a dashboard may be reading

@@ -9,6 +9,7 @@ A search space is a configuration with some values left open, a single run is on
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raysv.config import (
+    SYNTHETIC,
     Config,
     Section,
     config_from_dict,
@@ -102,11 +104,11 @@ class Range:
         )
 
     def nearest(self, value: Any) -> Any:
-        """The value of the range that is closest to one that may lie outside."""
+        """The value of the range that is closest to a number; a choice's first where it has no equal."""
         if self.kind == "choice":
-            return value if value in self.values else self.values[0]
+            return next((choice for choice in self.values if choice == value), self.values[0])
         low, high = self.values
-        return min(max(value, low), high)
+        return min(max(round(value) if self.kind == "int" else value, low), high)
 
     def __str__(self) -> str:
         if self.kind == "choice":
@@ -184,50 +186,58 @@ def space_from_dict(tree: dict[str, Any], name: str) -> Space:
     for key in tree:
         if key not in sections:
             raise ValueError(unknown_key(str(key), str(key), sections))
-    search = section_from_dict(SearchConfig, tree.get("search") or {}, "search")
-    resources = section_from_dict(ResourcesConfig, tree.get("resources") or {}, "resources")
-    closed, ranges = _separate({key: tree[key] or {} for key in tree if key not in ("search", "resources")})
-    space = Space(name, config_to_dict(config_from_dict(closed)), ranges, search, resources)
-    defaults = flatten(space.tree)
-    for key in ranges:
-        if key not in defaults:
-            section = key.rpartition(".")[0]
-            known = [other.rpartition(".")[2] for other in defaults if other.startswith(f"{section}.")]
-            raise ValueError(unknown_key(key, key.rpartition(".")[2], known))
+    search = section_from_dict(SearchConfig, tree.get("search"), "search")
+    resources = section_from_dict(ResourcesConfig, tree.get("resources"), "resources")
+    closed, ranges = _separate({key: tree[key] for key in tree if key not in ("search", "resources")})
+    complete = config_to_dict(config_from_dict(closed))
+    for key in ("root", "cache"):
+        complete["data"][key] = _from_here(complete["data"][key])
+    space = Space(name, complete, ranges, search, resources)
+    for key, span in ranges.items():
+        section, _, knob_name = key.partition(".")
+        knobs = space.tree[section]
+        if knob_name not in knobs:
+            raise ValueError(unknown_key(key, knob_name, list(knobs)))
+        default = knobs[knob_name]
+        if span.kind != "choice" and not isinstance(default, (float, int)):
+            raise ValueError(f"{key} is no number: search it with choice, not with {span.kind}.")
+        if span.kind.endswith("uniform") and not isinstance(default, float):
+            raise ValueError(f"{key} is a whole number: search it with int or choice, not with {span.kind}.")
     if "training.epochs" in ranges:
         raise ValueError(
             "training.epochs cannot be searched: trials of different lengths cannot be compared at the same epoch."
         )
     space.corners()
+    for key, span in ranges.items():
+        if span.kind == "int":
+            space.config({key: span.values[0] + 1})  # between the ends not every whole number need do
     return space
 
 
-def _separate(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Range]]:
+def _from_here(folder: str) -> str:
+    """A folder as Ray's workers find it too, who run in folders of their own."""
+    return folder if folder in ("", SYNTHETIC) or folder.startswith("~") else os.path.abspath(folder)
+
+
+def _separate(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Range]]:
     """A tree without its ranges, and the ranges by dotted key."""
     closed: dict[str, Any] = {}
     ranges: dict[str, Range] = {}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in RANGES:
-            ranges[dotted] = _range(dotted, *next(iter(value.items())))
-        elif isinstance(value, dict) and not prefix:
-            closed[key], inner = _separate(value, f"{dotted}.")
-            ranges |= inner
-        else:
-            closed[key] = value
+    for section, values in tree.items():
+        closed[section] = values.copy() if isinstance(values, dict) else values
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in RANGES:
+                ranges[f"{section}.{key}"] = _range(f"{section}.{key}", *next(iter(value.items())))
+                del closed[section][key]
     return closed, ranges
 
 
 def _range(key: str, kind: str, values: Any) -> Range:
     if kind == "choice":
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"{key}: choice takes a list of values, got {values!r}.")
+        if not isinstance(values, list) or not values or any(isinstance(value, (list, dict)) for value in values):
+            raise ValueError(f"{key}: choice takes a list of texts or numbers, got {values!r}.")
         return Range(kind, tuple(values))
-    numbers = (
-        [float(value) if isinstance(value, str) and _is_number(value) else value for value in values]
-        if isinstance(values, list)
-        else []
-    )
+    numbers = values if isinstance(values, list) else []
     wanted = int if kind == "int" else (int, float)
     if len(numbers) != 2 or not all(isinstance(value, wanted) and not isinstance(value, bool) for value in numbers):
         raise ValueError(
@@ -238,11 +248,3 @@ def _range(key: str, kind: str, values: Any) -> Range:
         above = " above 0" if kind == "loguniform" else ""
         raise ValueError(f"{key}: {kind} takes a lower and a higher end{above}, got {values!r}.")
     return Range(kind, (low, high))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,33 +1,15 @@
-"""When a trial ends: early by ASHA's judgement, and with which outcome."""
+"""When a trial is stopped early: ASHA with a memory."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-METRIC = "dev/eer"  # what a search minimises, a fraction; 0.5 is chance
-TIME = "epoch"  # its time axis, from 1; Tune's training_iteration restarts at 1 whenever a trial is resumed
-
-
-def outcome(result: Mapping[str, Any], epochs: int) -> tuple[str, str]:
-    """How a trial that ended without an exception ended, and why if it went wrong.
-
-    Args:
-        result: the trial's last result; `failure` in it is the reason of a trial that gave itself up.
-        epochs: of a trial that is not stopped early.
-
-    Returns: `complete`, `pruned` or `error`; and the reason of an error, otherwise an empty text.
-    """
-    if result.get("failure"):
-        return "error", str(result["failure"])
-    if METRIC not in result or TIME not in result:
-        return "error", "The trial ended without reporting a result."
-    return ("complete" if result[TIME] >= epochs else "pruned"), ""
+from raysv.search.results import METRIC, TIME
 
 
 class JournaledASHA(ASHAScheduler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,8 +15,8 @@ from ray.tune.experiment import Trial
 
 from raysv.config import config_to_dict, read_yaml, write_yaml
 from raysv.search.progress import show_value
+from raysv.search.results import METRIC, TIME, last_line, outcome, trial_name
 from raysv.search.space import Space, space_from_dict
-from raysv.search.stopping import METRIC, TIME, outcome
 
 SPACE_FILE = "space.yaml"
 BEST_FILE = "best_config.yaml"
@@ -134,11 +135,12 @@ def read_study(folder: Path) -> Study:
     space = load_space(folder)
     if not (folder / TUNE_FOLDER).is_dir():
         return Study(space, [])
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial may well have no result yet
     trials = ExperimentAnalysis(str(folder / TUNE_FOLDER)).trials or []
-    return Study(space, [_record(f"t{number:03d}", trial, space.epochs) for number, trial in enumerate(trials)])
+    return Study(space, [_record(trial, space.epochs) for trial in trials])
 
 
-def _record(name: str, trial: Any, epochs: int) -> TrialRecord:
+def _record(trial: Any, epochs: int) -> TrialRecord:
     metrics = dict(trial.last_result or {})
     end, reason = outcome(metrics, epochs)
     if trial.status == Trial.ERROR:
@@ -146,7 +148,7 @@ def _record(name: str, trial: Any, epochs: int) -> TrialRecord:
     elif trial.status != Trial.TERMINATED:
         end, reason = "unfinished", ""
     return TrialRecord(
-        name=name,
+        name=trial_name(trial),
         trial_id=trial.trial_id,
         values=dict(trial.config),
         metrics=metrics,
@@ -154,12 +156,6 @@ def _record(name: str, trial: Any, epochs: int) -> TrialRecord:
         reason=reason,
         checkpoint=str(metrics.get("checkpoint_path", "")),
     )
-
-
-def last_line(text: str) -> str:
-    """The last line of a traceback, which is the exception itself."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else text
 
 
 def open_study(space: Space, results: Path, name: str | None = None) -> Path:
@@ -172,9 +168,7 @@ def open_study(space: Space, results: Path, name: str | None = None) -> Path:
     """
     folder = (results / (name or f"{space.name}-{datetime.now():%m%d-%H%M%S}")).absolute()
     if (folder / SPACE_FILE).exists():
-        raise ValueError(
-            f"There is a study {folder} already. Go on with it by --resume {folder}, or give another --name."
-        )
+        raise ValueError(f"There is a study {folder} already. Go on with it (--resume), or give another --name.")
     folder.mkdir(parents=True, exist_ok=True)
     header = f"What study {folder.name} searches."
     write_yaml(space.to_dict(), folder / SPACE_FILE, header)

@@ -27,7 +27,7 @@ from ray.tune import Callback
 
 from raysv.config import flatten, read_yaml, with_values
 from raysv.search.figures import det_figure, read_det
-from raysv.search.stopping import METRIC, TIME, outcome
+from raysv.search.results import METRIC, TIME, outcome, trial_name
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ SETTINGS = {  # of MLflow, unless the environment has others: by default it wait
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 CHECK_SECONDS = 5.0
 MOST_PARAMS = 100  # that one call may log
@@ -72,7 +73,7 @@ def check(uri: str) -> None:
         _client(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow lets those of SQLAlchemy, requests and the file system through
         raise ValueError(
-            f"MLflow cannot be used at {uri}: {str(error).splitlines()[0]}. Start the server, correct the address, or "
+            f"MLflow cannot be used at {uri}: {_first_line(error)}. Start the server, correct the address, or "
             "unset MLFLOW_TRACKING_URI to write to an SQLite file beside the study."
         ) from error
 
@@ -124,7 +125,7 @@ def config_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
             path = _client(tracking_uri).download_artifacts(run_id, CONFIG_FILE, folder)
         except Exception as error:
             raise ValueError(
-                f"No configuration of a run {run_id} in MLflow at {tracking_uri}: {str(error).splitlines()[0]}. "
+                f"No configuration of a run {run_id} in MLflow at {tracking_uri}: {_first_line(error)}. "
                 "Copy the Run ID from the page of a trial."
             ) from error
         return read_yaml(Path(path))
@@ -142,6 +143,7 @@ class StudyCard:
         epochs: of a trial that is not stopped early.
         tags: of the study and of every trial: revision, data, versions.
         description: Markdown, what is searched.
+        resolve: what a trial's full tree comes to beside its own values, to be logged with them.
     """
 
     tracking_uri: str
@@ -152,6 +154,7 @@ class StudyCard:
     tags: dict[str, str] = field(default_factory=dict)
     description: str = ""
     experiment: str = "raysv"
+    resolve: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 class MLflowTracking(Callback):
@@ -222,11 +225,9 @@ class TrialCard:
 
     @classmethod
     def of(cls, trial: Any) -> TrialCard:
-        """Named by its number, from 0, and by its values as far as they fit into MLflow's column of names."""
-        number = str(trial.experiment_tag or "").partition("_")[0]  # Tune counts from 1
-        label = f"t{int(number) - 1:03d}" if number.isdigit() else trial.trial_id
+        """Named by its number, from 0, and what it tries, short: MLflow's column of names is narrow."""
         shown = [f"{key}{_short(value)}" for key, value in _abbreviate(trial.config).items()]
-        return cls(trial.trial_id, " ".join([label, *shown]), dict(trial.config))
+        return cls(trial.trial_id, " ".join([trial_name(trial), *shown]), dict(trial.config))
 
 
 class Outbox:
@@ -280,7 +281,7 @@ class Outbox:
         kind = type(error).__name__
         if kind not in self._told:
             self._told.add(kind)
-            logger.warning("MLflow: %s: %s. The study goes on.", kind, str(error).strip()[:500])
+            logger.warning("MLflow: %s: %s. The study goes on.", kind, _first_line(error)[:200])
         try:
             self._ping()
         except Exception:  # no answer: the entry need not be at fault
@@ -336,7 +337,8 @@ class StudyRuns:
         """The run of a trial that starts, or starts again: its configuration, and no outcome yet."""
         known = self._known(card)
         tree = with_values(self._card.base, card.values)
-        params = [Param(key, _exact(value)) for key, value in flatten(tree).items() if key not in known.params]
+        values = flatten(tree) | (self._card.resolve(tree) if self._card.resolve else {})
+        params = [Param(key, _exact(value)) for key, value in values.items() if key not in known.params]
         for first in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(known.run_id, params=params[first : first + MOST_PARAMS])
         text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
@@ -354,7 +356,11 @@ class StudyRuns:
         now = int(1000 * time.time())
         for step in sorted(lines.keys() - known.steps):
             metrics = [Metric(key, value, now, step) for key, value in _numbers(lines[step]).items()]
-            self._client.log_batch(known.run_id, metrics=metrics)
+            try:
+                self._client.log_batch(known.run_id, metrics=metrics)
+            except Exception:
+                del self._trials[card.trial_id]  # only the reply may be lost: look it up before trying again
+                raise
             known.steps.add(step)
         if folder and METRIC in result:
             if result[METRIC] <= min(known.checkpoints.values(), default=math.inf):
@@ -408,7 +414,7 @@ class StudyRuns:
                 unfinished = True
                 self._client.set_terminated(run.info.run_id, "KILLED")
             else:
-                reason = "The driver died just after this trial had started; the study tried other values instead."
+                reason = "The driver died before Tune had noted this trial; another took its place."
                 self._client.log_batch(run.info.run_id, tags=[RunTag(OUTCOME, "error"), RunTag(ERROR, reason)])
                 self._client.set_terminated(run.info.run_id, "FAILED")
         self.summarise()
@@ -461,9 +467,14 @@ class StudyRuns:
 
 
 def _client(uri: str) -> MlflowClient:
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table of a new database
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     return MlflowClient(uri)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _quoted(text: str) -> str:

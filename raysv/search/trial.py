@@ -15,8 +15,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from raysv.config import config_from_dict, config_to_dict
 from raysv.learning.training import DivergedError, Metrics, fit
+from raysv.search.results import METRIC, TIME
 from raysv.search.space import Space
-from raysv.search.stopping import METRIC, TIME
 
 # The trial itself only waits for its workers: it takes none of the CPUs they need, and lives on the head node.
 DRIVER_RESOURCES = {"node:__internal_head__": 0.01}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from raysv.learning.views import ViewBatches
 from raysv.search import cluster
 from raysv.search.progress import Decoding, Progress
 from raysv.search.proposals import OptunaProposals
+from raysv.search.results import METRIC
 from raysv.search.space import Space
-from raysv.search.stopping import METRIC, JournaledASHA
+from raysv.search.stopping import JournaledASHA
 from raysv.search.study import TUNE_FOLDER, Study, read_study
 from raysv.search.tracking import MLflowTracking, StudyCard
 from raysv.search.trial import DRIVER_RESOURCES, Job, run_trial
+from raysv.speech.augmentation import recipe
 
 EXPERIMENT = "raysv"  # of MLflow
 TUNE_SETTINGS = {
@@ -63,7 +66,9 @@ def run_study(
     os.environ.update(TUNE_SETTINGS)
     place = cluster.connect()
     try:
-        allotment = cluster.allot(space.resources, space.search.concurrent_trials)
+        allotment = cluster.allot(
+            space.resources, min(space.search.trials, space.search.concurrent_trials or sys.maxsize)
+        )
         print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
         job = Job(space, allotment.gpus_per_worker, str(folder / "trials"), tests)
         trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), DRIVER_RESOURCES)
@@ -137,13 +142,14 @@ def _tracking(
             searched=list(space.ranges),
             epochs=space.epochs,
             tags=_provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)},
+            resolve=_resolved,
             description=f"{count} of {space.epochs} epochs, searching\n\n{searched}",
         )
     )
 
 
 def _provenance(space: Space, corpus: Corpus) -> dict[str, str]:
-    """What a run follows from beside its configuration, and what its augmentation resolved to."""
+    """What a run follows from beside its configuration."""
     tags = {f"raysv.version.{name}": text for name, text in versions().items()}
     tags |= {
         "raysv.git": git_revision(),
@@ -152,6 +158,11 @@ def _provenance(space: Space, corpus: Corpus) -> dict[str, str]:
     }
     tags["raysv.speakers"] = str(len(corpus.train.speakers))
     return tags
+
+
+def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """What a trial's dial of augmentation comes to."""
+    return {f"recipe.{name}": value for name, value in vars(recipe(tree["augment"]["strength"])).items()}
 
 
 def git_revision() -> str:

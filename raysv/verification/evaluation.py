@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raysv.config import SAMPLE_RATE
 from raysv.corpus.audio import FULL_SCALE
 from raysv.corpus.loading import PairSet
 from raysv.corpus.store import WaveformStore, open_store
@@ -21,7 +22,11 @@ from raysv.verification.metrics import ErrorRates, error_rates
 from raysv.verification.scoring import as_norm, cosine_scores, mean_embedding
 
 PRIORS = (0.01, 0.05)  # of a target pair, for minDCF
-CHUNK = 512  # recordings read into memory at once
+CHUNK_SAMPLES = 1000 * SAMPLE_RATE  # about as much is converted to float at once
+
+
+class NotFiniteError(ValueError):
+    """An encoder whose embeddings hold infinities or NaN."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,19 @@ def embed_recordings(encoder: SpeakerEncoder, store: WaveformStore) -> Tensor:
     """Embeddings `(recordings, dim)` of a whole store, on the CPU, shared out over the workers and known to all.
 
     The rows of recordings that could not be used are zero.
+
+    Raises: NotFiniteError.
     """
     longest_first = store.usable[np.argsort(-store.lengths[store.usable], kind="stable")]
     mine = longest_first[rank() :: world_size()]  # every worker gets its part of the long ones
-    parts = [_embed(encoder, store, mine[start : start + CHUNK]) for start in range(0, len(mine), CHUNK)]
-    dim = encoder.ecapa.embedding.out_features
-    device = encoder.ecapa.embedding.weight.device
-    rows = gather(torch.cat([torch.zeros((0, dim), device=device), *parts]))
+    chunk = np.cumsum(store.lengths[mine]) // CHUNK_SAMPLES
+    parts = [_embed(encoder, store, part) for part in np.split(mine, np.flatnonzero(np.diff(chunk)) + 1)]
+    rows = gather(torch.cat(parts)).float().cpu()
     owners = np.concatenate([longest_first[worker :: world_size()] for worker in range(world_size())])
-    embeddings = torch.zeros((len(store), dim))
-    embeddings[torch.from_numpy(owners)] = rows.float().cpu()
+    if bad := int((~rows.isfinite().all(1)).sum()):
+        raise NotFiniteError(f"The encoder's embeddings of {bad} of {len(rows)} recordings hold NaN or infinity.")
+    embeddings = torch.zeros((len(store), rows.shape[1]))
+    embeddings[torch.from_numpy(owners)] = rows
     return embeddings
 
 
@@ -60,6 +68,8 @@ def evaluate(encoder: SpeakerEncoder, pairs: PairSet, cohort: Tensor | None = No
 
     Args:
         cohort: `(speakers, dim)`, to normalise the cosines by AS-Norm with the `top_n` closest of them; None: cosines.
+
+    Raises: NotFiniteError.
     """
     embeddings, enrolment, test = pair_embeddings(encoder, pairs)
     scores = cosine_scores(embeddings, enrolment, test)
@@ -69,22 +79,32 @@ def evaluate(encoder: SpeakerEncoder, pairs: PairSet, cohort: Tensor | None = No
 
 
 def cohort_embeddings(encoder: SpeakerEncoder, utterances: Sequence[Utterance], cache: Path) -> Tensor:
-    """One embedding `(speakers, dim)` for each speaker of a list, as AS-Norm compares with."""
+    """One embedding `(speakers, dim)` for each speaker of a list, as AS-Norm compares with.
+
+    Raises: ValueError when recordings of the list cannot be used.
+    """
     store = open_store([spoken.path for spoken in utterances], cache)
+    for path, why in store.problems.items():
+        raise ValueError(
+            f"{len(store.problems)} of {len(store)} recordings of the cohort cannot be used, first {path}: {why}. "
+            "Mend them or take them out of the list."
+        )
     embeddings = embed_recordings(encoder, store)
     rows: dict[str, list[int]] = {}
-    for index in store.usable:
-        rows.setdefault(utterances[index].speaker, []).append(int(index))
+    for index, spoken in enumerate(utterances):
+        rows.setdefault(spoken.speaker, []).append(index)
     return torch.stack([mean_embedding(embeddings[places]) for places in rows.values()])
 
 
 def pair_embeddings(
     encoder: SpeakerEncoder, pairs: PairSet
 ) -> tuple[Tensor, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Embeddings of all enrolment models and all recordings, and each pair's two rows in them."""
+    """Embeddings of the enrolment models and the test recordings of the pairs, and each pair's two rows in them."""
     recordings = embed_recordings(encoder, pairs.store)
-    models = [mean_embedding(recordings[torch.from_numpy(parts)]) for parts in pairs.models]
-    return torch.cat([torch.stack(models), recordings]), pairs.enrolment, len(models) + pairs.test
+    models, enrolment = np.unique(pairs.enrolment, return_inverse=True)
+    tests, test = np.unique(pairs.test, return_inverse=True)
+    enrolled = torch.stack([mean_embedding(recordings[torch.from_numpy(pairs.models[model])]) for model in models])
+    return torch.cat([enrolled, recordings[torch.from_numpy(tests)]]), enrolment, len(models) + test
 
 
 def _embed(encoder: SpeakerEncoder, store: WaveformStore, recordings: npt.NDArray[np.int64]) -> Tensor:
