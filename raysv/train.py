@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from raysv.config import parse_settings, read_yaml, with_values
+from raysv.search.mlflow_store import check, config_of_run, default_tracking_uri
 from raysv.search.space import Space, space_from_dict
 from raysv.search.study import BEST_FILE, Study, find_study, open_study
-from raysv.search.tracking import check, config_of_run, default_tracking_uri
 from raysv.search.tuner import check_data, run_study
 
 
@@ -65,7 +65,8 @@ def _read_source(source: str, results: Path, uri: str, settings: dict[str, Any])
     if re.fullmatch(r"[0-9a-f]{32}", source):
         tree, name = config_of_run(source, uri), f"run-{source[:8]}"
     elif Path(source).is_file():
-        tree, name = read_yaml(Path(source)), Path(source).absolute().parent.name
+        file = Path(source).absolute()
+        tree, name = read_yaml(file), file.parent.name if file.name == BEST_FILE else file.stem
     else:
         study = find_study(results, source)
         if not (study / BEST_FILE).is_file():
@@ -88,8 +89,8 @@ def _conclude(study: Study, folder: Path) -> int:
     """Put the encoder where it is easily found; print what it is worth and what to do with it."""
     run = study.best
     if run is None:
-        reason = study.trials[0].reason if study.trials else "it was broken off"
-        print(f"Training failed: {reason}", file=sys.stderr)
+        reasons = [trial.reason for trial in study.trials if trial.reason]
+        print(f"Training failed: {', '.join(reasons) or 'it was broken off'}", file=sys.stderr)
         return 1
     checkpoint = folder / "checkpoint"
     shutil.copytree(run.checkpoint, checkpoint, dirs_exist_ok=True)

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from raysv.config import parse_settings
+from raysv.search.mlflow_store import check, default_tracking_uri, experiment_id, runs_link
 from raysv.search.space import Space, read_space
 from raysv.search.study import BEST_FILE, Study, find_study, load_space, open_study, read_study
-from raysv.search.tracking import check, default_tracking_uri, experiment_id, runs_link
 from raysv.search.tuner import EXPERIMENT, check_data, run_study
 
 DEFAULT_SPACE = Path("search_spaces/demo.yaml")

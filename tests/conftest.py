@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,32 @@ def tiny_corpus(_corpus_template: Path, tmp_path: Path, monkeypatch: pytest.Monk
     """A corpus of a second per recording with all the lists of the defaults, the test's own to spoil; its own cache."""
     monkeypatch.setenv("RAYSV_CACHE", str(tmp_path / "cache"))
     return Path(shutil.copytree(_corpus_template, tmp_path / "corpus"))
+
+
+@pytest.fixture(scope="session")
+def _mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs; MLflow takes seconds to make one, and as long to be imported."""
+    from raysv.search.mlflow_store import check
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    check(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture
+def tracking_uri(_mlflow_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an MLflow database of the test's own."""
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    shutil.copy(_mlflow_template, tmp_path / "mlflow.db")
+    yield f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert not (tmp_path / "mlruns").exists()
+
+
+@pytest.fixture
+def small_ray() -> Iterator[None]:
+    """A Ray of the test's own, with one CPU; enough for Tune without Train."""
+    import ray
+
+    ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -11,7 +11,7 @@ import soundfile
 from raysv.config import SAMPLE_RATE, config_from_dict, with_values
 
 TRAIN, DEV, TEST = range(7), range(4), range(3, 7)  # dev and test have voices of training, in other utterances
-UTTERANCES = 8
+UTTERANCES = {"train": 8, "dev": 5, "test": 4}
 SECONDS = 1.2
 NOISES, ROOMS = 3, 2
 ROOM_DELAY = 40  # samples before the direct path
@@ -39,7 +39,7 @@ def write_corpus(folder):
     for name, speakers, first in (("train", TRAIN, 0), ("dev", DEV, 10), ("test", TEST, 20)):
         rows = []
         for speaker in speakers:
-            for utterance in range(first, first + UTTERANCES):
+            for utterance in range(first, first + UTTERANCES[name]):
                 rows.append((f"{name}-{speaker}", f"{name}-{speaker}/{utterance}.wav"))
                 write_audio(folder / rows[-1][1], voice(speaker, utterance))
         write_table(folder / f"{name}.csv", [("speaker", "path"), *rows])
@@ -77,7 +77,7 @@ def tiny_config(root, **values):
         "data": {"root": str(root), "cache": str(root / "cache"), "loader_workers": 0},
         "batch": {"speakers": 4, "utterances_per_speaker": 2, "views": 2, "crop_seconds": 0.5},
         "model": {"channels": 16, "embedding_dim": 16},
-        "optimizer": {"learning_rate": 0.01, "warmup_epochs": 0.5},
+        "optimizer": {"learning_rate": 0.003, "warmup_epochs": 0.5},
         "training": {"epochs": 2, "precision": "fp32"},
     }
     return config_from_dict(with_values(tree, {key.replace("__", "."): value for key, value in values.items()}))

@@ -64,7 +64,9 @@ def test_what_16_khz_cannot_hold_is_filtered_out(tmp_path):
     assert np.abs(middle).max() < 0.01 * 32768
 
 
-@pytest.mark.parametrize(("suffix", "subtype"), [("wav", "PCM_24"), ("flac", "PCM_24"), ("wav", "FLOAT"), ("wav", "DOUBLE")])
+@pytest.mark.parametrize(
+    ("suffix", "subtype"), [("wav", "PCM_24"), ("flac", "PCM_24"), ("wav", "FLOAT"), ("wav", "DOUBLE")]
+)
 def test_finer_samples_are_rounded(tmp_path, suffix, subtype):
     exact = np.random.default_rng(0).uniform(-0.99, 0.99, 2000)
     waveform = read_audio(write(tmp_path / f"a.{suffix}", exact, subtype=subtype))

@@ -28,7 +28,7 @@ TREES = st.dictionaries(
 
 
 def complaint(tree):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         config_from_dict(tree)
     message = str(caught.value)
     assert "\n" not in message
@@ -209,7 +209,9 @@ def test_words_that_look_a_little_like_numbers_stay_words(tmp_path):
 def test_variables_are_filled_in_wherever_a_text_is(tmp_path, monkeypatch):
     monkeypatch.setenv("CORPORA", "/corpora")
     monkeypatch.setenv("NAME", "celeb")
-    tree = read_yaml(text(tmp_path / "c.yaml", 'data: {root: "${CORPORA}/${NAME}", utterances: ["${NAME}.csv", $HOME]}'))
+    tree = read_yaml(
+        text(tmp_path / "c.yaml", 'data: {root: "${CORPORA}/${NAME}", utterances: ["${NAME}.csv", $HOME]}')
+    )
     assert tree == {"data": {"root": "/corpora/celeb", "utterances": ["celeb.csv", "$HOME"]}}
 
 
@@ -228,7 +230,10 @@ def test_a_variable_that_is_not_set_is_named_with_file_and_key(tmp_path, monkeyp
     ("content", "message"),
     [
         ("loss: {margin: 0.2", r"c\.yaml is not valid YAML.*line 1"),
-        ("loss: {margin: 0.2}\nbatch: {}\nloss: {scale: 32}\n", r"c\.yaml is not valid YAML.*loss is there twice.*line 3"),
+        (
+            "loss: {margin: 0.2}\nbatch: {}\nloss: {scale: 32}\n",
+            r"c\.yaml is not valid YAML.*loss is there twice.*line 3",
+        ),
         ("loss:\n  scale: 1\n  scale: 2\n", r"c\.yaml is not valid YAML.*scale is there twice.*line 3"),
         ("", r"c\.yaml must hold a mapping of sections"),
         ("- loss", r"c\.yaml must hold a mapping of sections"),

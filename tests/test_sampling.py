@@ -76,6 +76,12 @@ def test_who_comes_together_changes_from_epoch_to_epoch():
     assert len(together) == 45  # all pairs of ten speakers
 
 
+def test_which_utterances_of_a_speaker_come_together_changes_too():
+    sampler, _ = batches([4] * 2, 2, 2)
+    together = {frozenset(pair) for epoch in range(100) for pair in sampler.epoch(epoch).reshape(-1, 2).tolist()}
+    assert len(together) == 12  # six pairs of each speaker's four
+
+
 def test_a_batch_of_more_speakers_than_there_are_is_refused():
     with pytest.raises(ValueError, match=r"batch\.speakers is 4, but the training list has 3 .* to 3 or less"):
         batches([5] * 3, speakers=4, utterances=2)

@@ -23,7 +23,7 @@ def write(path, seed=0, samples=500):
 
 @pytest.fixture
 def recordings(tmp_path):
-    """More of them than are decoded ahead, of different lengths, with spaces and letters of all kinds in their names."""
+    """More than are decoded ahead, of different lengths, with spaces and letters of all kinds in their names."""
     return [write(tmp_path / "aufnahmen é 日本" / f"{number} ä.wav", number, 100 + number) for number in range(80)]
 
 

@@ -118,6 +118,12 @@ def load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any], l
         history = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}. The checkpoint is incomplete or damaged.") from error
+    _, description = describe_checkpoint(folder)
+    if len(history) != description["epoch"]:
+        raise ValueError(
+            f"{file} cannot be right: it has {len(history)} epochs, checkpoint.yaml {description['epoch']}. "
+            "The checkpoint is incomplete or damaged."
+        )
     return _load(folder / "encoder.pt"), _load(folder / TRAINING_STATE), history
 
 
@@ -142,10 +148,11 @@ def _load(file: Path) -> Any:
 
 def _readme(standing: Standing) -> str:
     latest, model = standing.history[-1], standing.config.model
+    epochs = f"{latest['epoch']:.0f} of {standing.config.training.epochs}"
     return f"""# Speaker encoder
 
 ECAPA-TDNN with {model.channels} channels and embeddings of {model.embedding_dim} dimensions, trained with
-raysv {version("raysv")} on {standing.speakers} speakers: epoch {latest["epoch"]:.0f} of {standing.config.training.epochs}.
+raysv {version("raysv")} on {standing.speakers} speakers: epoch {epochs}.
 EER on the dev pairs: {100 * latest["dev/eer"]:.2f} %. The full configuration is in `checkpoint.yaml`.
 
 Are two recordings of one speaker? From the command line, and from Python:

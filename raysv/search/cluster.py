@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from ray.util.state import list_nodes
 
 from raysv.search.space import ResourcesConfig
 
+KNOCK_SECONDS = 5
 DASHBOARD_SECONDS = 120
+DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # of Ray: where every process of a cluster finds its dashboard
 LOCAL_SETTINGS = {"RAY_worker_maximum_startup_concurrency": "16"}  # a trial has many helpers; Ray warns of each dozen
 LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; nothing large goes through it, audio is memory-mapped
 
@@ -44,19 +47,42 @@ def connect() -> str:
     """
     for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
-    wanted = os.environ.get("RAY_ADDRESS") or None
+    wanted = os.environ.get("RAY_ADDRESS", "")
     try:
-        # only a new cluster takes these options; joining one, Ray refuses them
-        _init(wanted, object_store_memory=LOCAL_OBJECT_STORE, include_dashboard=True)
-        place = "this machine alone"
-    except ValueError:
-        try:
-            _init(wanted)
-        except ConnectionError as error:
-            raise ValueError(f"RAY_ADDRESS is {wanted}, but no Ray cluster answers there: {error}") from error
-        place = f"the cluster at {ray.get_runtime_context().gcs_address}"
+        _knock(wanted)
+        place = _start_or_join(wanted or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No Ray cluster answers at {wanted or 'the address that ray start noted'}: {error}. Set RAY_ADDRESS to "
+            "HOST:PORT of a head node, or to local to run on this machine alone."
+        ) from error
     _await_dashboard()
     return place
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds, where Ray takes minutes, that nobody is there."""
+    if "://" in address:
+        raise ValueError("a study cannot be driven from outside its cluster. Send it there with ray job submit")
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
+
+
+def _start_or_join(address: str | None) -> str:
+    # Ray finds the dashboard by guessing, and gives up where it sees two clusters on a machine. All processes of a
+    # new cluster inherit this environment; in one that is joined, Ray knows the address.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    os.environ[DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
+    try:
+        # only a new cluster takes these options; joining one, Ray refuses them
+        _init(address, object_store_memory=LOCAL_OBJECT_STORE, include_dashboard=True, dashboard_port=port)
+    except ValueError:
+        del os.environ[DASHBOARD_VARIABLE]
+        _init(address)
+        return f"the cluster at {ray.get_runtime_context().gcs_address}"
+    return "this machine alone"
 
 
 def _init(address: str | None, **options: Any) -> None:
@@ -68,7 +94,7 @@ def _await_dashboard() -> None:
     deadline = time.monotonic() + DASHBOARD_SECONDS
     while True:
         try:
-            list_nodes(timeout=10)
+            list_nodes(ray.get_runtime_context().gcs_address, timeout=10)
             return
         except Exception as error:  # Ray raises whatever its HTTP client does
             if time.monotonic() > deadline:
@@ -95,7 +121,8 @@ def allot(resources: ResourcesConfig, most_trials: int) -> Allotment:
         has = f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs and {gpus:g} GPUs on {len(nodes)} node(s)"
         raise ValueError(
             f"A trial needs {resources.workers} workers with {resources.cpus_per_worker} CPU and {per_worker:g} GPU "
-            f"each, but the cluster has {has}, room for {places}. Lower resources.workers, or join a larger cluster."
+            f"each, but the cluster has {has}, room for {places}. Lower resources.workers, "
+            "resources.cpus_per_worker or resources.gpus_per_worker, or join a larger cluster."
         )
     fitting = places // resources.workers
     return Allotment(per_worker, min(fitting, most_trials), "nccl" if per_worker else "gloo")

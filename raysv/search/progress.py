@@ -8,7 +8,8 @@ from typing import Any
 
 from ray.tune import Callback
 
-from raysv.search.results import METRIC, TIME, outcome, trial_name
+from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
+from raysv.search.wording import describe_values, duration
 
 
 class Progress(Callback):
@@ -34,6 +35,7 @@ class Progress(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A line with the values that a trial tries."""
         again = trial.trial_id in self._reached
+        self._ended.discard(trial.trial_id)  # a resumed study tries again what failed
         self._say(trial, f"{'goes on' if again else 'starts'}   {describe_values(trial.config)}".rstrip())
 
     def on_trial_result(
@@ -55,18 +57,16 @@ class Progress(Callback):
         """A line on how a trial ended."""
         result = trial.last_result or {}
         end, reason = outcome(result, self._epochs)
-        self._ended.add(trial.trial_id)
         words = {
             "complete": "done",
             "pruned": f"stopped early after epoch {result.get(TIME)}",
-            "error": "failed: " + reason,
+            "error": f"failed: {reason}",
         }
-        self._say(trial, f"{words[end]}{self._count()}")
+        self._end(trial, words[end])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A line on what a trial died of."""
-        self._ended.add(trial.trial_id)
-        self._say(trial, f"failed{self._count()}")
+        self._end(trial, f"failed: {error_in(trial.error_file)}")
 
     def get_state(self) -> dict[str, Any]:
         """What a resumed study still knows."""
@@ -76,8 +76,10 @@ class Progress(Callback):
         """Go on counting where the driver before stopped."""
         self._reached, self._ended, self._best = state["reached"], state["ended"], state["best"]
 
-    def _count(self) -> str:
-        return "" if self._single else f"   {len(self._ended)} of {self._trials} trials ended"
+    def _end(self, trial: Any, words: str) -> None:
+        self._ended.add(trial.trial_id)
+        count = "" if self._single else f"   {len(self._ended)} of {self._trials} trials ended"
+        self._say(trial, words + count)
 
     def _time_left(self) -> str:
         """From the pace so far, supposing that the other trials run as many epochs as those that ended."""
@@ -86,27 +88,11 @@ class Progress(Callback):
         expected = sum(ended) + (self._trials - len(ended)) * usual
         remaining = max(expected - sum(self._reached.values()), 0)
         seconds = (time.monotonic() - self._started) / self._seen * remaining
-        return f"   about {_duration(seconds)} left" if seconds >= 1 else ""
+        return f"   about {duration(seconds)} left" if seconds >= 1 else ""
 
     def _say(self, trial: Any, text: str) -> None:
         name = "" if self._single else f"{trial_name(trial)}  "
-        print(f"[{_duration(time.monotonic() - self._started):>7}] {name}{text}", flush=True)
-
-
-def describe_values(values: Mapping[str, Any]) -> str:
-    """`{"loss.margin": 0.21}` as `margin 0.21`: the last part of a key says enough where a study searches few."""
-    return "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in values.items())
-
-
-def show_value(value: Any) -> str:
-    """A value as short as it can be told from its neighbours."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        print(f"[{duration(time.monotonic() - self._started):>7}] {name}{text}", flush=True)
 
 
 class Decoding:

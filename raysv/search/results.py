@@ -1,12 +1,33 @@
-"""What a trial's results are called, what a trial is called, and how one ended."""
+"""What a trial's results are called and hold, what a trial is called, and how one ended."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
 METRIC = "dev/eer"  # what a search minimises, a fraction; 0.5 is chance
 TIME = "epoch"  # its time axis, from 1; Tune's training_iteration restarts at 1 whenever a trial is resumed
+BOOKKEEPING = {  # Tune's own numbers in a result; time_total_s is kept
+    *("training_iteration", "iterations_since_restore", "time_this_iter_s", "time_since_restore"),
+    *("timesteps_total", "episodes_total", "timesteps_since_restore", "timestamp", "pid", TIME),
+}
+
+
+def metrics_by_epoch(result: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """What a trial measured in the epoch of a result, and in the epochs before as far as its checkpoint tells.
+
+    Args:
+        result: with `checkpoint_path` if there is a checkpoint, which may lie out of reach.
+    """
+    folder = str(result.get("checkpoint_path") or "")
+    file = Path(folder, "metrics.jsonl")
+    told = file.read_text(encoding="utf-8").splitlines() if folder and file.is_file() else []
+    lines = (*map(json.loads, told), result)
+    return {int(line[TIME]): _numbers(line) for line in lines if TIME in line}
 
 
 def outcome(result: Mapping[str, Any], epochs: int) -> tuple[str, str]:
@@ -31,7 +52,19 @@ def trial_name(trial: Any) -> str:
     return f"t{int(number) - 1:03d}" if number.isdigit() else str(trial.trial_id)
 
 
-def last_line(text: str) -> str:
-    """The last line of a traceback, which is the exception itself."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else text
+def error_in(report: str | Path | None) -> str:
+    """The exception that a trial died of: what the last traceback in Tune's report of it ends with."""
+    file = Path(report or "")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    told = [line.strip() for line in text.splitlines() if line.strip()]
+    exceptions = [line for line in told if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    return (exceptions or told or ["The trial ended without a report of its error."])[-1]
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics in a result, without the numbers that Tune keeps its books with."""
+    return {
+        key: float(value)
+        for key, value in result.items()
+        if isinstance(value, Real) and not isinstance(value, bool) and key not in BOOKKEEPING
+    }

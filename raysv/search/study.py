@@ -14,14 +14,15 @@ from ray.tune import ExperimentAnalysis
 from ray.tune.experiment import Trial
 
 from raysv.config import config_to_dict, read_yaml, write_yaml
-from raysv.search.progress import show_value
-from raysv.search.results import METRIC, TIME, last_line, outcome, trial_name
+from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
 from raysv.search.space import Space, space_from_dict
+from raysv.search.wording import columns, short_names, show_value
 
 SPACE_FILE = "space.yaml"
 BEST_FILE = "best_config.yaml"
 TRIALS_FILE = "trials.csv"
 TUNE_FOLDER = "tune"  # Tune's own record of the study, below the study's folder
+ERROR_FILE = "error.txt"  # Tune's report of what a trial died of, in the trial's folder
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Study:
         keys = list(self.space.ranges)
         order = {"complete": 0, "pruned": 1, "error": 2, "unfinished": 3}
         ranked = sorted(self.trials, key=lambda trial: (order[trial.outcome], -trial.epoch, trial.eer))
-        head = ["trial", *(key.rpartition(".")[2] for key in keys), "epochs", "EER %", "minDCF .01", "outcome"]
+        head = ["trial", *short_names(keys), "epochs", "EER %", "minDCF .01", "outcome"]
         rows = [
             [
                 trial.name,
@@ -103,7 +104,8 @@ class Study:
             rows = csv.writer(file)
             rows.writerow(["trial", "trial_id", "outcome", "reason", "epoch", "dev_eer", *keys, "checkpoint"])
             rows.writerows(
-                [trial.name, trial.trial_id, trial.outcome, trial.reason, trial.epoch, trial.eer]
+                [trial.name, trial.trial_id, trial.outcome, trial.reason, trial.epoch]
+                + [trial.eer if trial.epoch else ""]
                 + [trial.values[key] for key in keys]
                 + [trial.checkpoint]
                 for trial in self.trials
@@ -119,22 +121,14 @@ class Study:
             write_yaml(config | resources, folder / BEST_FILE, header)
 
 
-def columns(rows: list[list[str]]) -> str:
-    """Rows of text as aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
 def read_study(folder: Path) -> Study:
     """A study as its folder holds it: finished, broken off or still running.
 
     Raises: ValueError when the folder is no study.
     """
     space = load_space(folder)
-    if not (folder / TUNE_FOLDER).is_dir():
-        return Study(space, [])
+    if not any((folder / TUNE_FOLDER).glob("experiment_state-*.json")):
+        return Study(space, [])  # broken off before Tune had noted anything
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial may well have no result yet
     trials = ExperimentAnalysis(str(folder / TUNE_FOLDER)).trials or []
     return Study(space, [_record(trial, space.epochs) for trial in trials])
@@ -144,7 +138,7 @@ def _record(trial: Any, epochs: int) -> TrialRecord:
     metrics = dict(trial.last_result or {})
     end, reason = outcome(metrics, epochs)
     if trial.status == Trial.ERROR:
-        end, reason = "error", last_line(Path(trial.error_file).read_text()) if trial.error_file else "unknown"
+        end, reason = "error", error_in(Path(trial.path, ERROR_FILE))  # trial.error_file is only there while Ray runs
     elif trial.status != Trial.TERMINATED:
         end, reason = "unfinished", ""
     return TrialRecord(

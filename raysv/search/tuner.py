@@ -16,13 +16,14 @@ from raysv.corpus.loading import Corpus, load_corpus
 from raysv.learning.checkpoint import versions
 from raysv.learning.views import ViewBatches
 from raysv.search import cluster
+from raysv.search.cards import StudyCard
 from raysv.search.progress import Decoding, Progress
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC
 from raysv.search.space import Space
 from raysv.search.stopping import JournaledASHA
 from raysv.search.study import TUNE_FOLDER, Study, read_study
-from raysv.search.tracking import MLflowTracking, StudyCard
+from raysv.search.tracking import MLflowTracking
 from raysv.search.trial import DRIVER_RESOURCES, Job, run_trial
 from raysv.speech.augmentation import recipe
 
@@ -72,7 +73,7 @@ def run_study(
         print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
         job = Job(space, allotment.gpus_per_worker, str(folder / "trials"), tests)
         trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), DRIVER_RESOURCES)
-        if resume:
+        if resume and read_study(folder).trials:
             tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
         else:
             tuner = _tuner(trainable, space, folder, allotment, corpus, tracking_uri)
@@ -111,7 +112,7 @@ def _tuner(
             max_concurrent_trials=allotment.concurrent_trials,
             search_alg=proposals,
             scheduler=asha if search.early_stopping == "asha" else None,
-            reuse_actors=True,
+            reuse_actors=False,  # one that was stopped early still waits for its workers, and Tune would wait for it
             trial_name_creator=_trial_id,
             trial_dirname_creator=_trial_id,
         ),
@@ -150,14 +151,12 @@ def _tracking(
 
 def _provenance(space: Space, corpus: Corpus) -> dict[str, str]:
     """What a run follows from beside its configuration."""
-    tags = {f"raysv.version.{name}": text for name, text in versions().items()}
-    tags |= {
+    return {f"raysv.version.{name}": text for name, text in versions().items()} | {
         "raysv.git": git_revision(),
         "raysv.data_hash": corpus.digest,
         "raysv.seed": str(space.tree["training"]["seed"]),
+        "raysv.speakers": str(len(corpus.train.speakers)),
     }
-    tags["raysv.speakers"] = str(len(corpus.train.speakers))
-    return tags
 
 
 def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +168,7 @@ def git_revision() -> str:
     """The commit of the source that runs, with `+changes` where it differs from it; `unknown` outside a checkout."""
     source = Path(__file__).parent
     try:
+        _git(source, "ls-files", "--error-unmatch", __file__)  # an environment may lie inside another checkout
         revision = _git(source, "rev-parse", "HEAD")
         return revision[:12] + ("+changes" if _git(source, "status", "--porcelain", "--", str(source.parent)) else "")
     except (OSError, subprocess.CalledProcessError):

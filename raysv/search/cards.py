@@ -1,0 +1,62 @@
+"""What MLflow is to know of a study and of each trial; plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raysv.search.results import trial_name
+from raysv.search.wording import short_names, show_value
+
+
+@dataclass(frozen=True)
+class StudyCard:
+    """What MLflow is to know of a study.
+
+    Attributes:
+        tracking_uri: absolute if it names a file.
+        name: names the study's run, and makes it unique within the experiment.
+        base: the full configuration tree; a trial's values replace some of its leaves.
+        searched: the dotted keys of these leaves.
+        epochs: of a trial that is not stopped early.
+        tags: of the study and of every trial: revision, data, versions.
+        description: Markdown, what is searched.
+        resolve: what a trial's full tree comes to beside its own values, to be logged with them.
+    """
+
+    tracking_uri: str
+    name: str
+    base: dict[str, Any]
+    searched: list[str]
+    epochs: int
+    tags: dict[str, str] = field(default_factory=dict)
+    description: str = ""
+    experiment: str = "raysv"
+    resolve: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class TrialCard:
+    """A trial of Tune: `values` are what it tries, by dotted key."""
+
+    trial_id: str
+    name: str
+    values: dict[str, Any]
+
+    @classmethod
+    def of(cls, trial: Any) -> TrialCard:
+        """Named by its number, from 0, and what it tries, short: MLflow's column of names is narrow."""
+        shown = [f"{key}{show_value(value)}" for key, value in _abbreviate(trial.config).items()]
+        return cls(trial.trial_id, " ".join([trial_name(trial), *shown]), dict(trial.config))
+
+
+def _abbreviate(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"loss.margin": 0.2, "loss.scale": 30, "augment.strength": 1}` as `{"m": 0.2, "sc": 30, "st": 1}`."""
+    names = short_names(values)
+
+    def shortest(name: str) -> str:
+        prefixes = (name[:length] for length in range(1, len(name)))
+        return next((prefix for prefix in prefixes if sum(other.startswith(prefix) for other in names) == 1), name)
+
+    return {shortest(name): value for name, value in zip(names, values.values(), strict=True)}

@@ -1,0 +1,145 @@
+"""Where MLflow keeps what it is told: its address, whether it answers, and how raysv's runs are found there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import quote
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from raysv.config import read_yaml
+from raysv.search.results import METRIC
+from raysv.search.wording import first_line
+
+KIND, STUDY, TRIAL = "raysv.kind", "raysv.study", "raysv.trial_id"  # tags; the trial's id makes its run unique
+CONFIG_FILE = "config.yaml"  # artifact of a trial's run: its full configuration
+SETTINGS = {  # of MLflow, unless the environment has others: by default it waits minutes for a server that is gone
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+CHECK_SECONDS = 5.0
+
+
+def default_tracking_uri(folder: Path) -> str:
+    """`MLFLOW_TRACKING_URI` if set, otherwise an SQLite file in a folder; absolute, as drivers change folders."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+    database = _database(uri)
+    return f"sqlite:///{database}" if database else uri
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client; cheap, as MLflow keeps the connection. Nothing is asked yet."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table of a new database
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(uri)
+
+
+def check(uri: str) -> None:
+    """Make sure, in seconds rather than minutes, that MLflow can be used before a study starts.
+
+    Raises: ValueError naming the address and what is wrong with it.
+    """
+    try:
+        if uri.startswith(("http://", "https://")):
+            _knock(f"{uri.rstrip('/')}/health")
+        elif database := _database(uri):
+            database.parent.mkdir(parents=True, exist_ok=True)
+        connect(uri).search_experiments(max_results=1)
+    except Exception as error:  # MLflow lets those of SQLAlchemy, requests and the file system through
+        raise ValueError(
+            f"MLflow cannot be used at {uri}: {first_line(error)}. Start the server, correct the address, or "
+            "unset MLFLOW_TRACKING_URI to write to an SQLite file beside the study."
+        ) from error
+
+
+def experiment_id(uri: str, name: str) -> str:
+    """The id of an experiment, made if there is none. With SQLite its artifacts lie in `mlartifacts` beside the file.
+
+    Raises: ValueError when an experiment of that name was deleted.
+    """
+    client = connect(uri)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        database = _database(uri)
+        location = str(database.parent / "mlartifacts" / name) if database else None
+        created: str = client.create_experiment(name, artifact_location=location)
+        return created
+    if experiment.lifecycle_stage == "deleted":
+        raise ValueError(
+            f"The MLflow experiment {name} at {uri} was deleted. Use another name, or bring it back with: "
+            f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        )
+    existing: str = experiment.experiment_id
+    return existing
+
+
+def search_runs(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Run]:
+    """An experiment's runs with all of certain tags, in the order in which they were made."""
+    conditions = " and ".join(f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items())
+    found: list[Run] = []
+    page = None
+    while page is None or page.token:
+        page = client.search_runs(
+            [experiment], conditions, order_by=["start_time"], page_token=page.token if page else None
+        )
+        found += page
+    return found
+
+
+def config_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
+    """The full configuration tree of a trial, from its MLflow run.
+
+    Raises: ValueError when there is no such run or it holds no configuration.
+    """
+    check(tracking_uri)
+    with TemporaryDirectory() as folder:
+        try:
+            path = connect(tracking_uri).download_artifacts(run_id, CONFIG_FILE, folder)
+        except Exception as error:
+            raise ValueError(
+                f"No configuration of a run {run_id} in MLflow at {tracking_uri}: {first_line(error)}. "
+                "Copy the Run ID from the page of a trial."
+            ) from error
+        return read_yaml(Path(path))
+
+
+def runs_link(uri: str, experiment: str) -> str:
+    """The page of MLflow with all trials of an experiment, best first.
+
+    For SQLite it is where `mlflow server --backend-store-uri URI` serves it. MLflow 3 opens an experiment in its mode
+    for language models and folds trials away below their study, unless the address says otherwise.
+    """
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    order = quote(f"metrics.`{METRIC}`", safe=".")
+    trials = quote(f"tags.`{KIND}` = 'trial'", safe=".'")
+    return (
+        f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        f"&orderByKey={order}&orderByAsc=true&searchFilter={trials}"
+    )
+
+
+def _database(uri: str) -> Path | None:
+    """The absolute path of an SQLite file, none where the address is something else."""
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+
+
+def _knock(url: str) -> None:
+    try:
+        urllib.request.urlopen(url, timeout=CHECK_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # somebody answers; whether it is MLflow shows when it is asked something
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if "'" in text else f"'{text}'"

@@ -1,0 +1,200 @@
+"""A study's runs in MLflow: one for each trial, below the one of the study."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+
+from raysv.config import flatten, with_values
+from raysv.search.cards import StudyCard, TrialCard
+from raysv.search.figures import det_figure, read_det
+from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, TRIAL, connect, experiment_id, search_runs
+from raysv.search.results import METRIC, metrics_by_epoch
+from raysv.search.wording import markdown, show_value
+
+OUTCOME, ERROR, BEST, CHECKPOINT = "raysv.outcome", "raysv.error", "raysv.best", "raysv.checkpoint"  # tags
+STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "error": "FAILED"}  # KILLED would show the same cross as FAILED
+NOT_UPLOADED = ("training_state.pt",)  # large, and only needed to go on training where the checkpoint lies
+MOST_PARAMS = 100  # that one call may log
+PARAM_DIGITS = 6  # the artifact `config.yaml` has every digit
+RANKED = 5  # trials in the study's description
+
+
+@dataclass
+class _Known:
+    """What MLflow is known to hold of a trial.
+
+    Attributes:
+        steps: epochs with metrics.
+        checkpoints: EER by folder.
+    """
+
+    run_id: str
+    params: set[str]
+    steps: set[int] = field(default_factory=set)
+    checkpoints: dict[str, float] = field(default_factory=dict)
+
+
+class StudyRuns:
+    """A study's runs in MLflow. Everything may be done twice and leaves MLflow as if done once."""
+
+    def __init__(self, card: StudyCard) -> None:
+        self._card = card
+        self._trials: dict[str, _Known] = {}
+        self._summary: dict[str, float] = {}
+        self._hours_before, self._since = 0.0, time.monotonic()
+
+    @property
+    def _client(self) -> MlflowClient:
+        return connect(self._card.tracking_uri)
+
+    def ping(self) -> None:
+        """Ask MLflow for anything."""
+        self._client.search_experiments(max_results=1)
+
+    def open(self) -> None:
+        """Find the study's run or make it."""
+        self._experiment = experiment_id(self._card.tracking_uri, self._card.experiment)
+        tags = self._card.tags | {"mlflow.note.content": self._card.description}
+        parent = self._find({KIND: "study"}) or self._create(self._card.name, {KIND: "study"} | tags)
+        self._parent: str = parent.info.run_id
+        self._hours_before, self._since = parent.data.metrics.get("hours", 0.0), time.monotonic()
+        self._client.update_run(self._parent, status="RUNNING")
+
+    def start(self, card: TrialCard) -> None:
+        """The run of a trial that starts, or starts again: its configuration, and no outcome yet."""
+        known = self._known(card)
+        tree = with_values(self._card.base, card.values)
+        values = flatten(tree) | (self._card.resolve(tree) if self._card.resolve else {})
+        params = [Param(key, show_value(values[key], PARAM_DIGITS)) for key in values if key not in known.params]
+        for first in range(0, len(params), MOST_PARAMS):
+            self._client.log_batch(known.run_id, params=params[first : first + MOST_PARAMS])
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        self._client.log_text(
+            known.run_id, f"# {card.name} ({card.trial_id}) of {self._card.name}\n{text}", CONFIG_FILE
+        )
+        self._client.log_batch(known.run_id, tags=[RunTag(OUTCOME, "running"), RunTag(ERROR, "")])
+        self._client.update_run(known.run_id, status="RUNNING")
+
+    def add_result(self, card: TrialCard, result: Mapping[str, Any]) -> None:
+        """The metrics of an epoch, and of epochs before it that were trained while no driver listened."""
+        known, epochs, now = self._known(card), metrics_by_epoch(result), int(1000 * time.time())
+        for step in sorted(epochs.keys() - known.steps):
+            metrics = [Metric(key, value, now, step) for key, value in epochs[step].items()]
+            try:
+                self._client.log_batch(known.run_id, metrics=metrics)
+            except Exception:
+                del self._trials[card.trial_id]  # only the reply may be lost: look it up before trying again
+                raise
+            known.steps.add(step)
+        folder = str(result.get("checkpoint_path") or "")
+        if folder and METRIC in result:
+            if result[METRIC] <= min(known.checkpoints.values(), default=math.inf):
+                self._client.set_tag(known.run_id, CHECKPOINT, folder)
+            known.checkpoints[folder] = float(result[METRIC])
+
+    def finish(self, card: TrialCard, end: str, reason: str, report: Path | None = None) -> None:
+        """The end of a trial: outcome, best checkpoint, DET curve, and the report of an error."""
+        known = self._known(card)
+        if report and report.is_file():
+            self._client.log_artifact(known.run_id, str(report))
+        folders = {eer: Path(folder) for folder, eer in known.checkpoints.items() if Path(folder).is_dir()}
+        if folders:
+            self._upload(known.run_id, folders[min(folders)], card.name)
+        self._client.log_batch(known.run_id, tags=[RunTag(OUTCOME, end), RunTag(ERROR, reason[:5000])])
+        self._client.set_terminated(known.run_id, STATUS[end])
+
+    def summarise(self) -> None:
+        """How the study stands, on its own run: counts and the best EER over time, and a table of the best trials."""
+        trials = self._search({KIND: "trial"})
+        ends = Counter(run.data.tags.get(OUTCOME) for run in trials)
+        ranked = sorted(
+            (run for run in trials if run.data.tags.get(OUTCOME) == "complete" and METRIC in run.data.metrics),
+            key=lambda run: run.data.metrics[METRIC],
+        )
+        values = {f"trials_{end}": float(ends[end]) for end in STATUS}
+        tags = {"mlflow.note.content": self._note(ranked[:RANKED])}
+        if ranked:
+            values["best_eer"] = ranked[0].data.metrics[METRIC]
+            tags["raysv.best_trial"] = ranked[0].data.tags[TRIAL]
+        if values == self._summary:
+            return
+        now, step = int(1000 * time.time()), sum(ends[end] for end in STATUS)
+        hours = self._hours_before + (time.monotonic() - self._since) / 3600
+        metrics = [Metric(key, value, now, step) for key, value in (values | {"hours": hours}).items()]
+        self._client.log_batch(self._parent, metrics=metrics, tags=[RunTag(*tag) for tag in tags.items()])
+        for run in trials:
+            if BEST in run.data.tags and run not in ranked[:1]:
+                self._client.delete_tag(run.info.run_id, BEST)
+        for run in ranked[:1]:
+            self._client.set_tag(run.info.run_id, BEST, "true")
+        self._summary = values
+
+    def close(self, trial_ids: Iterable[str]) -> None:
+        """The end of a driver: trials it leaves unfinished are KILLED, those that Tune has forgotten are errors."""
+        ours, unfinished = set(trial_ids), False
+        for run in self._search({KIND: "trial", OUTCOME: "running"}):
+            if run.data.tags[TRIAL] in ours:
+                unfinished = True
+                self._client.set_terminated(run.info.run_id, "KILLED")
+            else:
+                reason = "The driver died before Tune had noted this trial; another took its place."
+                self._client.log_batch(run.info.run_id, tags=[RunTag(OUTCOME, "error"), RunTag(ERROR, reason)])
+                self._client.set_terminated(run.info.run_id, "FAILED")
+        self.summarise()
+        self._client.set_terminated(self._parent, "KILLED" if unfinished else "FINISHED")
+
+    def _known(self, card: TrialCard) -> _Known:
+        """A trial's run, found by the trial's id or made, and what it holds."""
+        if card.trial_id not in self._trials:
+            tags = {KIND: "trial", TRIAL: card.trial_id}
+            run = self._find(tags) or self._create(
+                card.name, {"mlflow.parentRunId": self._parent, OUTCOME: "running"} | tags | self._card.tags
+            )
+            curve = self._client.get_metric_history(run.info.run_id, METRIC)
+            best = run.data.tags.get(CHECKPOINT)
+            self._trials[card.trial_id] = _Known(
+                run.info.run_id,
+                params=set(run.data.params),
+                steps={point.step for point in curve},
+                checkpoints={best: min(point.value for point in curve)} if best and curve else {},
+            )
+        return self._trials[card.trial_id]
+
+    def _create(self, name: str, tags: dict[str, str]) -> Run:
+        return self._client.create_run(self._experiment, tags={STUDY: self._card.name} | tags, run_name=name)
+
+    def _search(self, tags: dict[str, str]) -> list[Run]:
+        return search_runs(self._client, self._experiment, {STUDY: self._card.name} | tags)
+
+    def _find(self, tags: dict[str, str]) -> Run | None:
+        return next(iter(self._search(tags)), None)
+
+    def _upload(self, run_id: str, folder: Path, name: str) -> None:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and file.name not in NOT_UPLOADED:
+                self._client.log_artifact(
+                    run_id, str(file), str(Path("best_checkpoint", file.parent.relative_to(folder)))
+                )
+        if (folder / "det.csv").is_file():
+            self._client.log_figure(run_id, det_figure({name: read_det(folder / "det.csv")}), "det.png")
+
+    def _note(self, best: list[Run]) -> str:
+        """What the study searches, and its best trials if there are any."""
+        keys = self._card.searched
+        rows = [
+            [run.info.run_name.split()[0], f"{100 * run.data.metrics[METRIC]:.2f}"]
+            + [run.data.params.get(key, "") for key in keys]
+            for run in best
+        ]
+        table = markdown(["trial", "EER %", *keys], rows) if rows else ""
+        return "\n\n".join(filter(None, (self._card.description, table)))

@@ -1,0 +1,84 @@
+"""A driver's MLflow callback without a driver: what Tune would call, and what MLflow then holds.
+
+Plain functions, so that fixtures and Ray's workers may call them.
+"""
+
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from raysv.search.cards import StudyCard
+from raysv.search.results import METRIC, TIME
+from raysv.search.tracking import MLflowTracking
+
+EPOCHS = 3
+BASE = {"loss": {"margin": 0.2, "scale": 30.0}, "augment": {"kinds": ["noise", "reverb"]}, "training": {"seed": 0}}
+mlflow_warnings = pytest.mark.filterwarnings(  # MLflow 3.17 with SQLAlchemy 2.1
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
+)
+
+
+def new_driver(uri: str, **card: Any) -> MLflowTracking:
+    """The callback as a driver has it that knows nothing of an earlier life."""
+    options: dict[str, Any] = {
+        "base": BASE,
+        "searched": ["loss.margin"],
+        "tags": {"raysv.revision": "abc123"},
+        "description": "Which margin?",
+    }
+    callback = MLflowTracking(StudyCard(uri, "study", epochs=EPOCHS, **(options | card)))
+    callback = pickle.loads(pickle.dumps(callback))  # Tune keeps it in its snapshot
+    callback.setup(stop=None)
+    return callback
+
+
+def trial(number: int = 0, error_file: Path | None = None, **values: Any) -> Any:
+    """What of a Tune trial the callback looks at."""
+    config = values or {"loss.margin": 0.25}
+    return SimpleNamespace(
+        trial_id=f"id{number}", experiment_tag=f"{number + 1}_x", config=config, last_result={}, error_file=error_file
+    )
+
+
+def tell(callback: MLflowTracking, hook: str, subject: Any, **info: Any) -> None:
+    getattr(callback, hook)(iteration=0, trials=[subject], trial=subject, **info)
+
+
+def report(callback: MLflowTracking, subject: Any, epoch: int, eer: float, **more: Any) -> None:
+    subject.last_result = {TIME: epoch, METRIC: eer, "training_iteration": 7, "pid": 123, "done": False, **more}
+    tell(callback, "on_trial_result", subject, result=subject.last_result)
+
+
+def run_trial(callback: MLflowTracking, subject: Any, eers: list[float], **more: Any) -> None:
+    tell(callback, "on_trial_start", subject)
+    for epoch, eer in enumerate(eers, 1):
+        report(callback, subject, epoch, eer, **more)
+    tell(callback, "on_trial_complete", subject)
+
+
+def write_checkpoint(folder: Path, eers: list[float]) -> str:
+    """A checkpoint as far as tracking looks into it, after `len(eers)` epochs."""
+    folder.mkdir()
+    lines = [json.dumps({TIME: epoch, METRIC: eer, "loss/total": 2 * eer}) for epoch, eer in enumerate(eers, 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "encoder.pt").write_text(str(eers[-1]))
+    (folder / "training_state.pt").write_text("large")
+    (folder / "det.csv").write_text("p_miss,p_fa\n0.0,1.0\n0.1,0.2\n1.0,0.0\n")
+    return str(folder)
+
+
+def runs(uri: str, kind: str = "trial") -> list[Run]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("raysv")
+    found = client.search_runs([experiment.experiment_id], order_by=["start_time"])
+    return [run for run in found if run.data.tags["raysv.kind"] == kind]
+
+
+def curve(uri: str, run: Run, metric: str = METRIC) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in MlflowClient(uri).get_metric_history(run.info.run_id, metric)]

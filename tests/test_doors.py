@@ -1,0 +1,203 @@
+"""The doors as a user opens them: as files, from another folder, with real Ray, MLflow and killed processes."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+SOURCE = Path(__file__).parent.parent
+TRIALS, EPOCHS = 4, 3
+SPACE = {
+    "batch": {"speakers": 12, "crop_seconds": 0.6},
+    "model": {"channels": 16, "embedding_dim": 32},
+    "loss": {"margin": {"uniform": [0.0, 0.5]}, "temperature": {"loguniform": [0.03, 0.5]}},
+    "optimizer": {"learning_rate": 3e-3},
+    "training": {"epochs": EPOCHS},
+    "search": {"trials": TRIALS},
+}
+
+
+class Desk:
+    """A folder of its own to work in, with doors copied there as `ray submit` copies them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = os.environ | {
+            "RAYSV_CACHE": str(folder / "cache"),
+            "RAY_ADDRESS": "local",  # a private instance, whatever else runs on this machine
+            "MLFLOW_TRACKING_URI": "",
+        }
+        for door in ("tune", "train", "verify"):
+            shutil.copy(SOURCE / "raysv" / f"{door}.py", folder)
+        (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
+
+    def open(self, *command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str, status: int = 0) -> str:
+        process = self.open(*command)
+        printed, _ = process.communicate(timeout=400)
+        assert process.returncode == status, printed
+        return printed
+
+
+def printed_until(process: subprocess.Popen[str], words: str) -> str:
+    """What a process prints up to the line that holds some words."""
+    printed = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        printed += line
+        if words in line:
+            return printed
+    raise AssertionError(f"It ended without saying {words!r}:\n{printed}")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    return Desk(tmp_path_factory.mktemp("desk with späce"))
+
+
+@pytest.fixture(scope="module")
+def study(desk: Desk) -> tuple[Path, str]:
+    """A study on the embedded corpus whose driver was killed in the middle and resumed; its folder and last words."""
+    driver = desk.open("tune.py", "space.yaml", "--name", "killed")
+    printed_until(driver, f"epoch 2/{EPOCHS}")
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    time.sleep(5)  # its workers notice, and end
+    words = desk.run("tune.py", "--resume", "killed")
+    return desk.folder / "results" / "killed", words
+
+
+@pytest.mark.slow
+def test_a_killed_study_is_resumed_to_exactly_the_trials_asked_for(study: tuple[Path, str]) -> None:
+    folder, words = study
+    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    assert len(rows) == len({row["trial_id"] for row in rows}) == TRIALS
+    assert {row["outcome"] for row in rows} <= {"complete", "pruned"}
+    assert "goes on" in words
+    complete = [row for row in rows if row["outcome"] == "complete"]
+    assert all(int(row["epoch"]) == EPOCHS for row in complete)
+    assert min(float(row["dev_eer"]) for row in complete) < 0.45
+
+
+@pytest.mark.slow
+def test_mlflow_holds_the_study_its_trials_and_their_curves_without_a_gap(desk: Desk, study: tuple[Path, str]) -> None:
+    folder, _ = study
+    client = MlflowClient(f"sqlite:///{desk.folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("raysv")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parent = next(run for run in runs if run.data.tags["raysv.kind"] == "study")
+    children = {run.data.tags["raysv.trial_id"]: run for run in runs if run.data.tags["raysv.kind"] == "trial"}
+    rows = {row["trial_id"]: row for row in csv.DictReader((folder / "trials.csv").open())}
+    assert children.keys() == rows.keys()
+    for trial_id, run in children.items():
+        row = rows[trial_id]
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["raysv.outcome"] == row["outcome"]
+        assert run.data.metrics["dev/eer"] == pytest.approx(float(row["dev_eer"]))
+        assert float(run.data.params["loss.margin"]) == pytest.approx(float(row["loss.margin"]), rel=1e-4)
+        assert {"recipe.probability", "training.epochs"} <= run.data.params.keys()
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "dev/eer")]
+        assert steps == list(range(1, int(row["epoch"]) + 1))
+        assert {"raysv.git", "raysv.data_hash", "raysv.seed"} <= run.data.tags.keys()
+        artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
+        assert {"config.yaml", "best_checkpoint", "det.png"} <= artifacts
+
+
+@pytest.mark.slow
+def test_the_papers_setting_is_the_first_trial(study: tuple[Path, str]) -> None:
+    folder, _ = study
+    first = next(row for row in csv.DictReader((folder / "trials.csv").open()) if row["trial"] == "t000")
+    assert float(first["loss.margin"]) == 0.2
+    assert float(first["loss.temperature"]) == 0.07
+
+
+@pytest.mark.slow
+def test_the_printed_next_command_trains_the_best_config_and_its_encoder_verifies(
+    desk: Desk, study: tuple[Path, str]
+) -> None:
+    folder, words = study
+    command = next(line.split("#")[0].split() for line in words.splitlines() if "raysv.train" in line)
+    assert command[:3] == ["python", "-m", "raysv.train"]
+    best = yaml.safe_load((folder / "best_config.yaml").read_text())
+    printed = desk.run(*command[1:], "--name", "alone", "--set", "resources.workers=2")
+    checkpoint = desk.folder / "results" / "alone" / "checkpoint"
+    written = yaml.safe_load((checkpoint / "checkpoint.yaml").read_text())
+    assert written["config"] == {section: best[section] for section in written["config"]}
+    assert "2 workers" in printed
+    assert "test   EER" in printed
+
+    lists = next((desk.folder / "cache").glob("synthetic-*"))
+    _, one, other = (lists / "test_pairs.txt").read_text().splitlines()[0].split()
+    said = desk.run("verify.py", str(checkpoint), str(lists / one), str(lists / other))
+    assert said.startswith(("same speaker", "different speakers"))
+    scores = desk.folder / "scores.txt"
+    said = desk.run("verify.py", str(checkpoint), str(lists / "test_pairs.txt"), "--scores", str(scores))
+    reported = next(line for line in printed.splitlines() if line.startswith("test"))
+    assert reported.split("EER")[1].split("%")[0].strip() == said.split("EER")[1].split("%")[0].strip()
+    assert len(scores.read_text().splitlines()) == len((lists / "test_pairs.txt").read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_a_study_that_is_interrupted_says_how_to_go_on(desk: Desk) -> None:
+    driver = desk.open("tune.py", "space.yaml", "--name", "interrupted", "--set", "search.trials=2")
+    printed_until(driver, f"epoch 1/{EPOCHS}")
+    driver.send_signal(signal.SIGINT)
+    words, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130
+    assert "--resume" in words
+    assert "unfinished" in words
+
+
+@pytest.mark.slow
+def test_trials_that_diverge_end_as_errors_with_the_reason(desk: Desk) -> None:
+    settings = ["search.trials=2", "optimizer.learning_rate=1e30", "optimizer.warmup_epochs=0", "training.epochs=1"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    words = desk.run("tune.py", "space.yaml", "--name", "diverged", *options, status=1)
+    assert "Lower optimizer.learning_rate" in words
+    rows = list(csv.DictReader((desk.folder / "results" / "diverged" / "trials.csv").open()))
+    assert [row["outcome"] for row in rows] == ["error", "error"]
+
+
+@pytest.mark.slow
+def test_more_workers_than_the_cluster_has_are_refused(desk: Desk) -> None:
+    words = desk.run("tune.py", "space.yaml", "--set", "resources.workers=1000", status=2)
+    assert "1000 workers" in words
+    assert "Traceback" not in words
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("loss.margn=1", "Did you mean margin?"),
+        ("loss.margin=11", "radians"),
+        ("data.root=/nowhere", "data.root"),
+        ("batch.speakers=500", "batch.speakers"),
+        ("batch.utterances_per_speaker=50", "utterances_per_speaker"),
+        ("data.noise=", "data.noise"),
+        ("augment.kinds=[noize]", "noise, music, babble, reverb"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence_before_ray_starts(desk: Desk, setting: str, told: str) -> None:
+    words = desk.run("tune.py", "space.yaml", "--set", setting, status=2)
+    assert told in words
+    assert "Traceback" not in words
+    assert "Ray " not in words

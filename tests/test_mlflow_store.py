@@ -1,0 +1,78 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow_fixtures import BASE, mlflow_warnings, new_driver, runs, tell, trial
+
+from raysv.search import mlflow_store
+
+pytestmark = mlflow_warnings
+
+
+def test_the_configuration_of_a_run_comes_back_with_every_digit(tracking_uri: str) -> None:
+    tell(new_driver(tracking_uri), "on_trial_start", trial(**{"loss.margin": 0.123456789}))
+    tree = mlflow_store.config_of_run(runs(tracking_uri)[0].info.run_id, tracking_uri)
+    assert tree == BASE | {"loss": {"margin": 0.123456789, "scale": 30.0}}
+
+
+def test_an_unknown_run_is_an_error_that_names_it(tracking_uri: str) -> None:
+    with pytest.raises(ValueError, match="No configuration of a run 0123"):
+        mlflow_store.config_of_run("0123", tracking_uri)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "file:///tmp/mlruns", "nonsense://x"])
+def test_an_address_without_mlflow_is_an_error_that_names_it(address: str) -> None:
+    with pytest.raises(ValueError, match=f"MLflow cannot be used at {address}: "):
+        mlflow_store.check(address)
+
+
+def test_the_default_is_a_file_in_the_folder_unless_the_environment_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert mlflow_store.default_tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    assert mlflow_store.default_tracking_uri(tmp_path / "study") == f"sqlite:///{tmp_path}/runs.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    assert mlflow_store.default_tracking_uri(tmp_path) == "http://mlflow.example"
+
+
+def test_a_deleted_experiment_is_an_error_that_says_how_to_restore_it(tracking_uri: str) -> None:
+    MlflowClient(tracking_uri).delete_experiment(mlflow_store.experiment_id(tracking_uri, "raysv"))
+    with pytest.raises(ValueError, match=r"raysv at .* was deleted.*mlflow experiments restore"):
+        mlflow_store.experiment_id(tracking_uri, "raysv")
+
+
+def test_the_link_opens_the_trials_best_first() -> None:
+    link = mlflow_store.runs_link("http://host:5000/", "7")
+    assert link.startswith("http://host:5000/#/experiments/7/runs?workflowType=machine_learning&orderByKey=metrics.%60")
+    assert link.endswith("searchFilter=tags.%60raysv.kind%60%20%3D%20'trial'")
+
+
+def test_the_link_for_a_file_is_where_a_server_beside_it_listens() -> None:
+    assert mlflow_store.runs_link("sqlite:////results/mlflow.db", "1").startswith("http://127.0.0.1:5000/#/experiments")
+
+
+def test_runs_are_found_by_all_their_tags_on_any_number_of_pages(tracking_uri: str) -> None:
+    client = mlflow_store.connect(tracking_uri)
+    experiment = mlflow_store.experiment_id(tracking_uri, "it's")
+    made = [
+        client.create_run(experiment, start_time=number, tags={"study": study, "kind": "trial"}).info.run_id
+        for number, study in enumerate(["a", "it's", "a"], 1)
+    ]
+    whole = client.search_runs
+
+    def page_by_page(*args: Any, **options: Any) -> Any:
+        return whole(*args, **(options | {"max_results": 1}))
+
+    client.search_runs = page_by_page
+
+    def found(**tags: str) -> list[str]:
+        return [run.info.run_id for run in mlflow_store.search_runs(client, experiment, tags)]
+
+    assert found(kind="trial") == made
+    assert found(kind="trial", study="a") == [made[0], made[2]]
+    assert found(study="it's") == [made[1]]
+    assert found(study="b") == []

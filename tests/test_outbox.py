@@ -1,0 +1,66 @@
+from functools import partial
+
+import pytest
+
+from raysv.search import outbox
+from raysv.search.outbox import Outbox
+
+
+def test_an_entry_that_mlflow_refuses_does_not_hold_up_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    made: list[str] = []
+
+    def refused() -> None:
+        made.append("refused")
+        raise ValueError("not so")
+
+    entries = Outbox(ping=lambda: None)
+    entries.put(refused)
+    entries.put(lambda: made.append("a"))
+    entries.put(lambda: made.append("b"))
+    assert made == ["refused"] * outbox.ATTEMPTS + ["a", "b"]
+    entries.empty()
+    assert [record.message for record in caplog.records] == [
+        "MLflow: ValueError: not so. The study goes on.",
+        "1 entries could not be written to MLflow. Tune's own results and the checkpoints are complete.",
+    ]
+
+
+def test_while_nothing_answers_entries_wait_and_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, out = [0.0], [True]
+    monkeypatch.setattr(outbox.time, "monotonic", lambda: now[0])
+    made: list[int] = []
+
+    def answer() -> None:
+        if out[0]:
+            raise ConnectionError("no answer")
+
+    def entry(number: int) -> None:
+        answer()
+        made.append(number)
+
+    entries = Outbox(ping=answer)
+    for number in range(10):  # more than ATTEMPTS: an outage of any length costs nothing
+        entries.put(partial(entry, number))
+        now[0] += outbox.RETRY_SECONDS
+    assert made == []
+    out[0] = False
+    entries.put(partial(entry, 10))
+    assert made == list(range(11))
+
+
+def test_what_cannot_be_written_at_the_end_is_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outbox.time, "sleep", lambda seconds: None)
+
+    def unreachable() -> None:
+        raise ConnectionError("no answer")
+
+    entries = Outbox(ping=unreachable)
+    entries.put(unreachable)
+    entries.put(unreachable)
+    entries.empty()
+    assert "2 entries could not be written to MLflow" in caplog.messages[-1]

@@ -1,0 +1,132 @@
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow_fixtures import curve, mlflow_warnings, new_driver, report, run_trial, runs, tell, trial, write_checkpoint
+
+from raysv.config import read_yaml
+from raysv.search.results import METRIC
+
+pytestmark = mlflow_warnings
+
+
+def test_parameters_are_the_whole_configuration_with_the_values_of_the_trial(tracking_uri: str) -> None:
+    callback = new_driver(tracking_uri)
+    tell(callback, "on_trial_start", trial(**{"loss.margin": 0.123456789, "optimizer.name": "sgd"}))
+    (run,) = runs(tracking_uri)
+    assert run.data.params == {
+        "loss.margin": "0.123457",
+        "loss.scale": "30",
+        "augment.kinds": "['noise', 'reverb']",
+        "training.seed": "0",
+        "optimizer.name": "sgd",
+    }
+
+
+def test_more_parameters_than_one_call_may_log_are_all_there(tracking_uri: str) -> None:
+    base = {"many": {f"p{number}": number for number in range(250)}}
+    tell(new_driver(tracking_uri, base=base), "on_trial_start", trial())
+    assert len(runs(tracking_uri)[0].data.params) == 251
+
+
+def test_metrics_keep_their_names_and_count_in_epochs(tracking_uri: str) -> None:
+    callback, subject = new_driver(tracking_uri), trial()
+    tell(callback, "on_trial_start", subject)
+    report(callback, subject, 1, 0.4, **{"loss/total": 3.5, "time_total_s": 12.0, "checkpoint_path": "gone"})
+    report(callback, subject, 2, 0.3, **{"loss/total": math.nan})
+    (run,) = runs(tracking_uri)
+    assert curve(tracking_uri, run) == [(1, 0.4), (2, 0.3)]
+    assert run.data.metrics.keys() == {METRIC, "loss/total", "time_total_s"}
+    assert math.isnan(run.data.metrics["loss/total"])
+
+
+def test_epochs_that_no_driver_saw_are_filled_in_from_the_checkpoint(tracking_uri: str, tmp_path: Path) -> None:
+    callback, subject = new_driver(tracking_uri), trial()
+    tell(callback, "on_trial_start", subject)
+    report(callback, subject, 1, 0.4)
+    callback = new_driver(tracking_uri)
+    tell(callback, "on_trial_start", subject)
+    folder = write_checkpoint(tmp_path / "checkpoint", [0.4, 0.3, 0.2])
+    report(callback, subject, 3, 0.2, checkpoint_path=folder)
+    (run,) = runs(tracking_uri)
+    assert curve(tracking_uri, run) == [(1, 0.4), (2, 0.3), (3, 0.2)]
+    assert curve(tracking_uri, run, "loss/total") == [(2, 0.6)]
+
+
+def test_an_epoch_whose_reply_got_lost_is_not_written_twice(tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback, subject = new_driver(tracking_uri), trial()
+    tell(callback, "on_trial_start", subject)
+    with monkeypatch.context() as outage:
+        write = MlflowClient.log_batch
+
+        def write_and_lose_the_reply(*args: Any, **metrics: Any) -> None:
+            write(*args, **metrics)
+            raise ConnectionError("no answer")
+
+        outage.setattr(MlflowClient, "log_batch", write_and_lose_the_reply)
+        report(callback, subject, 1, 0.4)
+    callback.on_experiment_end([subject])
+    assert curve(tracking_uri, runs(tracking_uri)[0]) == [(1, 0.4)]
+
+
+def test_the_best_checkpoint_that_still_exists_is_kept_but_no_training_state(tracking_uri: str, tmp_path: Path) -> None:
+    callback, subject = new_driver(tracking_uri), trial()
+    tell(callback, "on_trial_start", subject)
+    for epoch, eers in enumerate(([0.1], [0.1, 0.2], [0.1, 0.2, 0.3]), 1):
+        report(callback, subject, epoch, eers[-1], checkpoint_path=write_checkpoint(tmp_path / str(epoch), eers))
+    shutil.rmtree(tmp_path / "1")
+    tell(callback, "on_trial_complete", subject)
+    artifacts = Path(runs(tracking_uri)[0].info.artifact_uri)
+    assert (artifacts / "best_checkpoint/encoder.pt").read_text() == "0.2"
+    assert not (artifacts / "best_checkpoint/training_state.pt").exists()
+    assert (artifacts / "det.png").read_bytes().startswith(b"\x89PNG")
+    assert read_yaml(artifacts / "config.yaml")["loss"]["margin"] == 0.25
+    assert artifacts.is_relative_to(tmp_path)
+
+
+def test_a_new_driver_still_knows_the_best_checkpoint(tracking_uri: str, tmp_path: Path) -> None:
+    callback, subject = new_driver(tracking_uri), trial()
+    tell(callback, "on_trial_start", subject)
+    report(callback, subject, 1, 0.1, checkpoint_path=write_checkpoint(tmp_path / "1", [0.1]))
+    callback = new_driver(tracking_uri)
+    report(callback, subject, 2, 0.2, checkpoint_path=write_checkpoint(tmp_path / "2", [0.1, 0.2]))
+    tell(callback, "on_trial_complete", subject)
+    assert Path(runs(tracking_uri)[0].info.artifact_uri, "best_checkpoint/encoder.pt").read_text() == "0.1"
+
+
+def test_the_study_counts_outcomes_and_names_the_best(tracking_uri: str) -> None:
+    callback = new_driver(tracking_uri)
+    run_trial(callback, trial(0, **{"loss.margin": 0.1}), [0.4, 0.3, 0.3])
+    assert runs(tracking_uri)[0].data.tags["raysv.best"] == "true"
+    run_trial(callback, trial(1, **{"loss.margin": 0.2}), [0.1])  # better, but not seen to the end
+    run_trial(callback, trial(2, **{"loss.margin": 0.3}), [0.4, 0.3, 0.2])
+    run_trial(callback, trial(3, **{"loss.margin": 0.4}), [0.5], failure="NaN")
+    (study,) = runs(tracking_uri, "study")
+    counts = {key: value for key, value in study.data.metrics.items() if key != "hours"}
+    assert counts == {"trials_complete": 2, "trials_pruned": 1, "trials_error": 1, "best_eer": 0.2}
+    assert 0 <= study.data.metrics["hours"] < 0.1
+    assert curve(tracking_uri, study, "best_eer") == [(1, 0.3), (2, 0.3), (3, 0.2), (4, 0.2)]
+    assert study.data.tags["raysv.best_trial"] == "id2"
+    assert [run.data.tags.get("raysv.best") for run in runs(tracking_uri)] == [None, None, "true", None]
+    assert study.data.tags["mlflow.note.content"].splitlines() == [
+        "Which margin?",
+        "",
+        "| trial | EER % | loss.margin |",
+        "| --- | --- | --- |",
+        "| t002 | 20.00 | 0.3 |",
+        "| t000 | 30.00 | 0.1 |",
+    ]
+
+
+def test_a_trial_that_tune_forgot_is_an_error(tracking_uri: str) -> None:
+    tell(new_driver(tracking_uri), "on_trial_start", trial(0))
+    callback = new_driver(tracking_uri)
+    run_trial(callback, trial(1), [0.4, 0.3, 0.2])
+    callback.on_experiment_end([trial(1)])
+    forgotten, known = runs(tracking_uri)
+    assert (forgotten.info.status, forgotten.data.tags["raysv.outcome"]) == ("FAILED", "error")
+    assert "driver died" in forgotten.data.tags["raysv.error"]
+    assert known.info.status == runs(tracking_uri, "study")[0].info.status == "FINISHED"

@@ -1,0 +1,242 @@
+import math
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from raysv.config import Config, LossConfig, config_to_dict, parse_settings
+from raysv.search.space import PAPER, PUBLISHED, Range, ResourcesConfig, SearchConfig, read_space, space_from_dict
+
+OPEN = {
+    "loss": {"margin": {"uniform": [0.1, 0.5]}, "temperature": {"loguniform": [0.03, 0.3]}, "scale": 32},
+    "augment": {"strength": {"uniform": [0, 1]}},
+    "batch": {"speakers": {"int": [4, 8]}},
+    "optimizer": {"name": {"choice": ["adamw", "sgd"]}},
+    "search": {"trials": 40},
+}
+
+
+def written(folder, tree, name="small.yaml"):
+    path = folder / name
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def test_ranges_are_the_open_keys_and_all_else_is_complete(tmp_path):
+    space = read_space(written(tmp_path, OPEN))
+    assert space.name == "small"
+    assert space.ranges == {
+        "loss.margin": Range("uniform", (0.1, 0.5)),
+        "loss.temperature": Range("loguniform", (0.03, 0.3)),
+        "augment.strength": Range("uniform", (0.0, 1.0)),
+        "batch.speakers": Range("int", (4, 8)),
+        "optimizer.name": Range("choice", ("adamw", "sgd")),
+    }
+    assert space.tree == config_to_dict(Config(loss=LossConfig(scale=32.0)))
+    assert space.search == SearchConfig(trials=40)
+    assert space.resources == ResourcesConfig()
+    assert space.epochs == Config().training.epochs
+
+
+def test_a_space_with_nothing_open_is_a_single_run():
+    space = space_from_dict({}, "run")
+    assert space.ranges == {}
+    assert space.first_points() == [{}]
+    assert space.config({}) == Config()
+
+
+def test_a_point_fills_the_open_keys():
+    config = space_from_dict(OPEN, "").config({"loss.margin": 0.25, "optimizer.name": "sgd"})
+    assert (config.loss.margin, config.loss.scale, config.optimizer.name) == (0.25, 32.0, "sgd")
+
+
+def test_optuna_gets_the_same_ranges():
+    ranges = space_from_dict(OPEN, "").ranges
+    assert {key: span.distribution() for key, span in ranges.items()} == {
+        "loss.margin": FloatDistribution(0.1, 0.5),
+        "loss.temperature": FloatDistribution(0.03, 0.3, log=True),
+        "augment.strength": FloatDistribution(0.0, 1.0),
+        "batch.speakers": IntDistribution(4, 8),
+        "optimizer.name": CategoricalDistribution(["adamw", "sgd"]),
+    }
+
+
+def test_ranges_read_well():
+    assert [str(span) for span in space_from_dict(OPEN, "").ranges.values()] == [
+        "0.1 to 0.5",
+        "0.03 to 0.3 (log)",
+        "0 to 1",
+        "4 to 8",
+        "one of adamw, sgd",
+    ]
+
+
+def test_corners_are_both_ends_and_every_choice():
+    tree = {**OPEN, "loss": {"margin": {"uniform": [0.1, 0.5]}, "aam_views": {"choice": ["first", "all"]}}}
+    seen = [(c.loss.margin, c.batch.speakers, c.optimizer.name) for c in space_from_dict(tree, "").corners()]
+    assert seen[:2] == [(0.1, 4, "adamw"), (0.5, 8, "sgd")]
+    tree["loss"]["aam_views"] = {"choice": ["first", "first", "all"]}
+    assert {c.loss.aam_views for c in space_from_dict(tree, "").corners()} == {"first", "all"}
+
+
+def test_the_paper_s_setting_is_tried_first():
+    tree = {
+        "loss": {
+            "margin": {"uniform": [0, 0.5]},
+            "scale": {"loguniform": [10, 60]},
+            "temperature": {"loguniform": [0.03, 0.5]},
+        },
+        "augment": {"strength": {"uniform": [0, 1]}},
+        "search": {"published": 4},
+    }
+    points = space_from_dict(tree, "").first_points()
+    assert points[0] == PAPER
+    assert points == list(PUBLISHED)
+    tree["search"]["published"] = 1
+    assert space_from_dict(tree, "").first_points() == [PAPER]
+
+
+def test_first_points_are_complete_inside_the_ranges_and_different():
+    tree = {
+        "loss": {"margin": {"uniform": [0.3, 0.5]}, "scale": {"int": [10, 20]}, "aam_views": {"choice": ["first"]}},
+        "batch": {"speakers": {"choice": [16, 64]}, "views": {"int": [3, 4]}},
+        "search": {"published": 4},
+    }
+    assert space_from_dict(tree, "").first_points() == [
+        {"loss.margin": 0.3, "loss.scale": 20, "loss.aam_views": "first", "batch.speakers": 16, "batch.views": 3}
+    ]
+
+
+@given(st.data())
+def test_a_first_point_always_lies_inside(data):
+    low = data.draw(st.floats(1e-3, 1.5))
+    high = data.draw(st.floats(low, 1.57, exclude_min=True))
+    kind = data.draw(st.sampled_from(["uniform", "loguniform"]))
+    tree = {"loss": {"margin": {kind: [low, high]}, "scale": {"int": [3, 5]}}, "search": {"published": 4}}
+    space = space_from_dict(tree, "")
+    for point in space.first_points():
+        assert low <= point["loss.margin"] <= high
+        for key, value in point.items():
+            distribution = space.ranges[key].distribution()
+            assert distribution._contains(distribution.to_internal_repr(value))
+        space.config(point)
+
+
+def test_whole_numbers_stay_whole():
+    assert repr(Range("choice", (16, 30)).nearest(30.0)) == "30"
+    assert repr(Range("int", (16, 64)).nearest(30.0)) == "30"
+
+
+def test_a_space_survives_the_way_through_its_dict_and_a_file(tmp_path):
+    space = read_space(written(tmp_path, OPEN))
+    assert space_from_dict(space.to_dict(), "small") == space
+    assert read_space(written(tmp_path, space.to_dict())) == space
+
+
+def test_settings_close_and_open_keys(tmp_path):
+    path = written(tmp_path, OPEN)
+    settings = {"loss.margin": 0.2, "loss.scale": {"loguniform": [16, 64]}, "search.trials": 3, "resources.workers": 2}
+    space = read_space(path, settings)
+    assert "loss.margin" not in space.ranges
+    assert space.tree["loss"]["margin"] == 0.2
+    assert space.ranges["loss.scale"] == Range("loguniform", (16.0, 64.0))
+    assert (space.search.trials, space.resources.workers) == (3, 2)
+
+
+def test_a_range_can_be_set_from_the_command_line(tmp_path):
+    settings = parse_settings(
+        ["loss.margin={uniform: [0.1, 0.3]}", "optimizer.learning_rate={loguniform: [1e-4, 1e-2]}"]
+    )
+    space = read_space(written(tmp_path, OPEN), settings)
+    assert space.ranges["loss.margin"] == Range("uniform", (0.1, 0.3))
+    assert space.ranges["optimizer.learning_rate"] == Range("loguniform", (1e-4, 1e-2))
+
+
+def test_numbers_with_an_exponent_are_numbers_in_ranges_too(tmp_path):
+    text = "optimizer: {learning_rate: {loguniform: [1e-4, 1e-2]}, weight_decay: {choice: [1e-4, 0]}}"
+    space = read_space(written(tmp_path, text))
+    assert space.ranges["optimizer.learning_rate"].values == (1e-4, 1e-2)
+    assert space.first_points()[0]["optimizer.weight_decay"] == 1e-4
+
+
+def test_folders_are_settled_where_the_study_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = read_space(written(tmp_path, OPEN), {"data.root": "corpora/ü b", "data.cache": "cache"}).tree["data"]
+    assert (data["root"], data["cache"]) == (str(tmp_path / "corpora" / "ü b"), str(tmp_path / "cache"))
+    data = read_space(written(tmp_path, OPEN), {"data.root": "/far", "data.cache": "~/cache"}).tree["data"]
+    assert (data["root"], data["cache"]) == ("/far", "~/cache")
+    data = read_space(written(tmp_path, OPEN)).tree["data"]
+    assert (data["root"], data["cache"]) == ("synthetic", "")
+
+
+@pytest.mark.parametrize(
+    ("tree", "parts"),
+    [
+        ({"lss": {}}, ["Unknown key lss.", "Did you mean loss?", "search, resources"]),
+        ({"loss": 0}, ["loss must be a mapping"]),
+        ({"search": 40}, ["search must be a mapping", "40"]),
+        ({"loss": {"uniform": [0, 1]}}, ["Unknown key loss.uniform.", "margin, scale"]),
+        ({"loss": {"marign": {"uniform": [0, 1]}}}, ["Unknown key loss.marign.", "Did you mean margin?", "scale"]),
+        ({"loss": {"marign": 0.1}}, ["Unknown key loss.marign.", "Did you mean margin?"]),
+        ({"loss": {"margin": {"unifrom": [0, 1]}}}, ["loss.margin must be a number, got {'unifrom'"]),
+        ({"loss": {"margin": {"uniform": [0, 90]}}}, ["loss.margin must lie in [0, 1.57], got 90.0.", "radians"]),
+        ({"loss": {"margin": {"uniform": [-0.1, 1]}}}, ["loss.margin must lie in [0, 1.57], got -0.1."]),
+        ({"loss": {"margin": {"uniform": [0.5, 0.1]}}}, ["loss.margin: uniform takes a lower and a higher end"]),
+        ({"loss": {"margin": {"uniform": [0.5, 0.5]}}}, ["loss.margin: uniform takes a lower and a higher end"]),
+        ({"loss": {"margin": {"uniform": [0, math.nan]}}}, ["loss.margin: uniform takes a lower and a higher end"]),
+        ({"loss": {"scale": {"uniform": [1, math.inf]}}}, ["loss.scale must be finite"]),
+        ({"loss": {"margin": {"uniform": [0, 0.1, 0.2]}}}, ["loss.margin: uniform takes two numbers"]),
+        ({"loss": {"margin": {"uniform": 0.3}}}, ["loss.margin: uniform takes two numbers", "got 0.3"]),
+        ({"loss": {"margin": {"uniform": ["a", "b"]}}}, ["loss.margin: uniform takes two numbers"]),
+        ({"loss": {"margin": {"uniform": [False, True]}}}, ["loss.margin: uniform takes two numbers"]),
+        ({"loss": {"scale": {"loguniform": [0, 1]}}}, ["loss.scale: loguniform takes a lower", "above 0"]),
+        ({"batch": {"speakers": {"int": [4, 8.5]}}}, ["batch.speakers: int takes two whole numbers"]),
+        ({"batch": {"speakers": {"uniform": [4, 8]}}}, ["batch.speakers is a whole number", "int or choice"]),
+        ({"optimizer": {"name": {"uniform": [0, 1]}}}, ["optimizer.name is no number", "choice"]),
+        ({"model": {"channels": {"int": [64, 512]}}}, ["model.channels must be a multiple of 16, got 65"]),
+        ({"optimizer": {"name": {"choice": ["adamw", "adm"]}}}, ["optimizer.name must be one of", "'adm'"]),
+        ({"optimizer": {"name": {"choice": []}}}, ["optimizer.name: choice takes a list"]),
+        ({"optimizer": {"name": {"choice": "adamw"}}}, ["optimizer.name: choice takes a list"]),
+        (
+            {"augment": {"kinds": {"choice": [["noise"], []]}}},
+            ["augment.kinds: choice takes a list of texts or numbers"],
+        ),
+        ({"training": {"epochs": {"int": [1, 9]}}}, ["training.epochs cannot be searched"]),
+        ({"search": {"trails": 3}}, ["Unknown key search.trails.", "Did you mean trials?"]),
+        ({"search": {"trials": {"int": [1, 2]}}}, ["search.trials must be a whole number"]),
+        ({"search": {"trials": 0}}, ["search.trials must be at least 1"]),
+        ({"search": {"early_stopping": "hyperband"}}, ["search.early_stopping must be one of asha, none"]),
+        (
+            {"resources": {"workers": 2, "gpus_per_worker": 0.5}},
+            ["gpus_per_worker is 0.5 with 2 workers", "Set it to 1"],
+        ),
+        ({"resources": {"gpus_per_worker": 1.5}}, ["gpus_per_worker is 1.5"]),
+        (
+            {"batch": {"views": 1, "utterances_per_speaker": 1}, "loss": {"contrast_weight": {"uniform": [0, 1]}}},
+            ["The contrastive term needs two views"],
+        ),
+    ],
+)
+def test_what_cannot_be_searched_is_named_with_file_and_key(tmp_path, tree, parts):
+    with pytest.raises(ValueError, match=r"small\.yaml: ") as caught:
+        read_space(written(tmp_path, tree))
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == []
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("workers", "gpus"), [(1, 0.5), (1, 0.25), (1, 2), (4, 1), (4, 0), (2, 2.0), (8, None)])
+def test_lone_workers_may_share_a_gpu_and_others_take_whole_ones(workers, gpus):
+    space = space_from_dict({"resources": {"workers": workers, "gpus_per_worker": gpus}}, "")
+    assert space.resources.gpus_per_worker == gpus
+
+
+def test_sections_may_be_left_empty(tmp_path):
+    assert read_space(written(tmp_path, "loss:\nsearch:\nresources:\n")).search == SearchConfig()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"No file .*gone\.yaml"):
+        read_space(tmp_path / "gone.yaml")

@@ -1,0 +1,270 @@
+"""Training as a whole, on a corpus it can learn in seconds."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from learning_fixtures import tiny_config, write_corpus
+
+from raysv.corpus.loading import load_corpus
+from raysv.learning import training
+from raysv.learning.checkpoint import load_encoder, load_training_state
+from raysv.learning.training import DivergedError, Learner, compute_dtype, fit, learning_rate_at, margin_at
+from raysv.verification.evaluation import evaluate
+
+WORKERS = (3, 2)
+ONE_STEP = {"batch__speakers": 7, "batch__utterances_per_speaker": 8, "batch__views": 1, "training__epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def trained(config, keep=None, **options):
+    """The metrics of every epoch; where `keep` is a folder, every checkpoint stays below it."""
+    history = []
+
+    def report(metrics, folder):
+        history.append(metrics)
+        if keep is not None and folder is not None:
+            shutil.copytree(folder, keep / str(metrics["epoch"]))
+
+    fit(config, report, **options)
+    return history
+
+
+def without_speed(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith("speed/")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root, tmp_path_factory):
+    """The history of a whole run and the folder of its checkpoints."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return trained(tiny_config(root, training__epochs=3), folder), folder
+
+
+def test_the_learning_rate_rises_straight_and_falls_as_half_a_cosine(tmp_path):
+    values = {"optimizer__learning_rate": 0.2, "optimizer__final_learning_rate": 0.1}
+    config = tiny_config(tmp_path, optimizer__warmup_epochs=2.0, training__epochs=10, **values)
+    expected = {0: 0, 0.5: 0.05, 1: 0.1, 2: 0.2, 4: 0.02 + 0.18 * (2 + math.sqrt(2)) / 4, 6: 0.11, 10: 0.02}
+    assert {epochs: learning_rate_at(config, epochs) for epochs in expected} == pytest.approx(expected)
+
+
+def test_without_a_warm_up_the_learning_rate_begins_at_its_highest(tmp_path):
+    config = tiny_config(tmp_path, optimizer__warmup_epochs=0.0)
+    assert learning_rate_at(config, 0) == config.optimizer.learning_rate
+
+
+def test_a_warm_up_as_long_as_the_training_ends_at_its_highest(tmp_path):
+    config = tiny_config(tmp_path, optimizer__warmup_epochs=2.0, training__epochs=2)
+    assert learning_rate_at(config, 1) == config.optimizer.learning_rate / 2
+    assert learning_rate_at(config, 2) == config.optimizer.learning_rate
+
+
+def test_the_margin_grows_straight_up_to_its_value(tmp_path):
+    config = tiny_config(tmp_path, loss__margin=0.3, loss__margin_warmup_epochs=4.0)
+    assert [margin_at(config, epochs) for epochs in (0, 1, 2, 4, 9)] == pytest.approx([0, 0.075, 0.15, 0.3, 0.3])
+    assert margin_at(tiny_config(tmp_path, loss__margin=0.3), 0) == 0.3
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(7, 4), (4, 7), (2, 14)])
+def test_schedules_count_epochs_whatever_the_number_of_steps(root, monkeypatch, batch, steps):
+    seen = []
+    monkeypatch.setattr(training, "learning_rate_at", lambda _, epochs: seen.append(epochs) or 1e-3)
+    monkeypatch.setattr(training._Run, "_step", lambda *_: torch.zeros(len(training.MEASURES)))
+    trained(tiny_config(root, batch__speakers=batch, training__epochs=2))
+    assert seen == pytest.approx([(step + 0.5) / steps for step in range(2 * steps)])
+
+
+def test_auto_precision_is_single_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert compute_dtype("auto", cpu) == compute_dtype("fp32", cpu) == torch.float32
+    assert compute_dtype("bf16", cpu) == torch.bfloat16
+
+
+def test_training_lowers_the_loss_and_the_error_rate_of_the_dev_pairs(root):
+    config = tiny_config(root, training__epochs=12, augment__strength=0.25)
+    torch.manual_seed(config.training.seed)
+    untrained = evaluate(Learner(config, 7).encoder, load_corpus(config.data, config.augment).dev)
+    first, *_, last = trained(config)
+    assert last["loss/total"] < 0.6 * first["loss/total"]
+    assert last["train/accuracy"] > 0.5
+    assert last["dev/eer"] < 0.7 * untrained.rates.eer
+
+
+def test_every_metric_is_a_plain_number(undisturbed):
+    history, _ = undisturbed
+    assert [metrics["epoch"] for metrics in history] == [1, 2, 3]
+    for metrics in history:
+        assert {type(value) for value in metrics.values()} == {int, float}
+        assert all(map(math.isfinite, metrics.values()))
+        assert metrics["loss/total"] == pytest.approx(metrics["loss/aam"] + metrics["loss/supcon"], rel=1e-5)
+
+
+def test_schedules_are_reported_as_the_last_step_saw_them(root):
+    config = tiny_config(root, loss__margin_warmup_epochs=2.0, training__epochs=1)
+    (metrics,) = trained(config)
+    assert metrics["schedule/margin"] == margin_at(config, 6.5 / 7)
+    assert metrics["schedule/learning_rate"] == learning_rate_at(config, 6.5 / 7)
+
+
+def test_a_checkpoint_lives_as_long_as_its_report(root):
+    folders = []
+
+    def report(_, folder):
+        assert load_encoder(folder)
+        folders.append(folder)
+
+    fit(tiny_config(root), report)
+    assert len(folders) == 2
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_a_resumed_run_ends_like_an_undisturbed_one(root, undisturbed, tmp_path):
+    history, folder = undisturbed
+    resumed = trained(tiny_config(root, training__epochs=3), tmp_path, resume=folder / "1")
+    assert [without_speed(metrics) for metrics in resumed] == [
+        pytest.approx(without_speed(metrics), rel=1e-6) for metrics in history[1:]
+    ]
+    weights, state, kept = load_training_state(tmp_path / "3")
+    expected_weights, expected_state, _ = load_training_state(folder / "3")
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(state["loss"], expected_state["loss"], rtol=1e-6, atol=1e-6)
+    assert [metrics["epoch"] for metrics in kept] == [1, 2, 3]
+    assert kept[0] == history[0]
+
+
+def test_a_finished_run_that_is_resumed_reports_how_it_ended(root, undisturbed):
+    history, folder = undisturbed
+    reports = []
+    fit(
+        tiny_config(root, training__epochs=3),
+        lambda metrics, where: reports.append((metrics, where)),
+        resume=folder / "3",
+    )
+    assert reports == [(history[-1], None)]
+
+
+def test_test_lists_are_judged_only_when_asked_for_and_only_at_the_end(root):
+    first, last = trained(tiny_config(root, data__test_pairs={"easy": "test_pairs.txt"}), tests=True)
+    assert not any(name.startswith("easy/") for name in first)
+    assert {name for name in last if name.startswith("easy/")} == {"easy/eer", "easy/min_dcf_0.01", "easy/min_dcf_0.05"}
+    assert not any(name.startswith("test/") for metrics in trained(tiny_config(root)) for name in metrics)
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"optimizer__learning_rate": 1e20}, "The loss became nan"),
+        ({"loss__scale": 1e38}, "The loss became inf"),
+        ({"optimizer__learning_rate": 1e20, **ONE_STEP}, "embeddings of 20 of 20 recordings hold NaN or infinity"),
+    ],
+)
+def test_divergence_is_told_with_its_epoch_and_a_remedy(root, values, what):
+    with pytest.raises(DivergedError, match=rf"{what}.*Lower optimizer.learning_rate") as caught:
+        trained(tiny_config(root, **values))
+    assert "in epoch 1" in str(caught.value)
+
+
+def test_a_later_divergence_names_its_epoch(root, monkeypatch):
+    monkeypatch.setattr(training, "learning_rate_at", lambda _, epochs: 1e-3 if epochs < 1 else 1e20)
+    with pytest.raises(DivergedError, match=r"became nan in epoch 2, at or before step 7\."):
+        trained(tiny_config(root))
+
+
+def test_an_infinite_gradient_is_a_divergence_too(root, monkeypatch):
+    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(DivergedError, match="The gradient's norm became inf in epoch 1"):
+        trained(tiny_config(root))
+
+
+def test_weights_decay_but_biases_and_norms_do_not(root, tmp_path):
+    config = tiny_config(root, optimizer__weight_decay=0.01, optimizer__name="sgd", **ONE_STEP, loss__contrast_weight=0)
+    trained(config, tmp_path)
+    decayed, free = load_training_state(tmp_path / "1")[1]["optimizer"]["param_groups"]
+    shapes = [weight.dim() for weight in Learner(config, 7).parameters()]
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0)
+    assert len(decayed["params"]) == sum(dim > 1 for dim in shapes)
+    assert len(free["params"]) == sum(dim <= 1 for dim in shapes)
+    assert decayed["nesterov"] and decayed["momentum"] == 0.9
+
+
+def test_the_gradient_is_clipped_as_a_whole(root, tmp_path):
+    values = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1e-2, "learning_rate": 1.0}
+    config = tiny_config(root, **{f"optimizer__{key}": value for key, value in values.items()}, **ONE_STEP)
+    (metrics,) = trained(config, tmp_path)
+    assert metrics["train/gradient_norm"] > 1
+    torch.manual_seed(config.training.seed)
+    before = Learner(config, 7)
+    encoder, state, _ = load_training_state(tmp_path / "1")
+    after = {f"encoder.{name}": value for name, value in encoder.items()}
+    after |= {f"loss.{name}": value for name, value in state["loss"].items()}
+    moved = [(after[name] - weight.detach()).square().sum() for name, weight in before.named_parameters()]
+    step = math.sqrt(torch.stack(moved).sum().item())
+    assert step == pytest.approx(1e-2 * learning_rate_at(config, 0.5), rel=1e-3)
+
+
+def test_half_precision_trains_on_a_cpu(root, undisturbed):
+    (metrics,) = trained(tiny_config(root, training__epochs=1, training__precision="bf16"))
+    (expected, *_), _ = undisturbed
+    assert metrics["loss/total"] == pytest.approx(expected["loss/total"], rel=0.1)
+
+
+def calm_config(root):
+    """Steps so small that the rounding in which workers differ stays as small as it is."""
+    return tiny_config(root, optimizer__learning_rate=0.001, training__epochs=1)
+
+
+def work(number, root, folder):
+    """One process, a worker of three and then, unless it is the last, a worker of two: imports take longest."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for workers in WORKERS:
+        if number < workers:
+            dist.init_process_group("gloo", f"file://{folder}/meet-{workers}", rank=number, world_size=workers)
+            reports = []
+            fit(calm_config(root), lambda metrics, at: reports.append((metrics, at is not None)))  # noqa: B023
+            Path(folder, f"{number}-of-{workers}.json").write_text(json.dumps(reports), encoding="utf-8")
+            dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def reports(root, tmp_path_factory):
+    """What every worker reported, by the number of workers."""
+    alone = trained(calm_config(root))  # which also decodes the corpus, once for all
+    folder = tmp_path_factory.mktemp("workers")
+    torch.multiprocessing.spawn(work, (root, folder), nprocs=max(WORKERS))
+    many = {
+        count: [json.loads((folder / f"{number}-of-{count}.json").read_text()) for number in range(count)]
+        for count in WORKERS
+    }
+    return alone, many
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", WORKERS)
+def test_several_workers_report_what_a_lone_one_does(reports, workers):
+    alone, many = reports
+    for ((measured, _),) in many[workers]:
+        assert without_speed(measured) == pytest.approx(without_speed(alone[0]), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", WORKERS)
+def test_all_workers_agree_and_the_first_one_brings_the_checkpoint(reports, workers):
+    first, *others = reports[1][workers]
+    ((metrics, with_folder),) = first
+    assert with_folder
+    for ((same, with_folder),) in others:
+        assert not with_folder
+        assert without_speed(same) == without_speed(metrics)

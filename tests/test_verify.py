@@ -1,0 +1,173 @@
+import re
+import shutil
+
+import numpy as np
+import pytest
+from encoder_fixtures import tiny_encoder, write_checkpoint
+from learning_fixtures import tiny_config, write_audio, write_corpus
+
+from raysv import verify
+from raysv.corpus.utterances import read_pairs
+from raysv.verification.metrics import eer, min_dcf
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return tiny_encoder()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(root, encoder, tmp_path_factory):
+    """Its threshold is 0.5."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), tiny_config(root), encoder)
+
+
+@pytest.fixture
+def run(root, capsys, monkeypatch):
+    """Calls the door; gives its exit status and what it wrote."""
+    monkeypatch.setenv("RAYSV_CACHE", str(root / "cache"))
+
+    def call(*arguments):
+        status = verify.main([str(argument) for argument in arguments])
+        written = capsys.readouterr()
+        return status, written.out, written.err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Calls the door with something wrong; gives its one line of complaint."""
+
+    def call(*arguments):
+        status, out, error = run(*arguments)
+        assert (status, out) == (2, "")
+        assert error.startswith("raysv.verify: ") and error.count("\n") == 1
+        return error
+
+    return call
+
+
+def score_of(line):
+    return float(re.search(r"score (-?[\d.]+)", line).group(1))
+
+
+def scores_in(file):
+    table = [line.split() for line in file.read_text().splitlines()]
+    return [(enrolment, test, label) for enrolment, test, _, label in table], [float(row[2]) for row in table]
+
+
+def test_a_recording_is_of_its_own_speaker(run, root, checkpoint):
+    status, out, error = run(checkpoint, root / "dev-0/10.wav", root / "dev-0/10.wav")
+    assert (status, error) == (0, "")
+    assert out == "same speaker   score 1.000, threshold 0.500 (equal error rate on the dev pairs)\n"
+
+
+@pytest.mark.parametrize(
+    ("threshold", "verdict"), [(-1.0, "same speaker"), (0.9999, "different speakers")], ids=["low", "high"]
+)
+def test_the_threshold_of_the_checkpoint_decides(run, root, encoder, tmp_path, threshold, verdict):
+    scores = (1.0, threshold, threshold - 0.5, threshold - 0.6)
+    write_checkpoint(tmp_path, tiny_config(root), encoder, scores)
+    status, out, _ = run(tmp_path, root / "dev-0/10.wav", root / "dev-1/10.wav")
+    assert status == 0
+    assert out.startswith(verdict)
+    assert -1 <= score_of(out) < 0.999
+
+
+def test_the_order_of_two_recordings_does_not_matter(run, root, checkpoint):
+    pair = (root / "dev-0/10.wav", root / "dev-1/10.wav")
+    assert run(checkpoint, *pair) == run(checkpoint, *reversed(pair))
+
+
+def test_a_pair_list_gives_error_rates_and_a_file_of_scores(run, root, checkpoint, tmp_path):
+    target = tmp_path / "scores.txt"
+    status, out, error = run(checkpoint, root / "dev_pairs.txt", "--scores", target)
+    assert (status, error) == (0, "")
+    listed = read_pairs(root / "dev_pairs.txt")
+    named, scores = scores_in(target)
+    assert named == [(pair.enrolment, pair.test, "target" if pair.same_speaker else "nontarget") for pair in listed]
+    labels = [pair.same_speaker for pair in listed]
+    for fact in (
+        f"EER {100 * eer(scores, labels):.2f} %",
+        f"minDCF(0.01) {min_dcf(scores, labels, 0.01):.4f}",
+        f"minDCF(0.05) {min_dcf(scores, labels, 0.05):.4f}",
+        "190 pairs of 20 recordings",
+        f"scores in {target}",
+    ):
+        assert fact in out
+
+
+def test_a_pair_scores_in_a_list_what_it_scores_alone(run, root, checkpoint, tmp_path):
+    run(checkpoint, root / "dev_pairs.txt", "--scores", tmp_path / "scores.txt")
+    (enrolment, test, _), score = next(zip(*scores_in(tmp_path / "scores.txt"), strict=True))
+    _, out, _ = run(checkpoint, root / enrolment, root / test)
+    assert score_of(out) == pytest.approx(score, abs=0.0006)
+
+
+def test_scores_lie_beside_the_list_unless_told_otherwise(run, root, checkpoint, tmp_path):
+    pairs = shutil.copy(root / "dev_pairs.txt", tmp_path / "my_pairs.txt")
+    status, _, _ = run(checkpoint, pairs, "--root", root)
+    assert status == 0
+    assert (tmp_path / "my_pairs.txt.scores").is_file()
+
+
+def test_a_cohort_normalises_the_scores_of_a_list(run, root, checkpoint, tmp_path):
+    plain, normalised = tmp_path / "plain", tmp_path / "normalised"
+    run(checkpoint, root / "dev_pairs.txt", "--scores", plain)
+    status, _, _ = run(
+        checkpoint, root / "dev_pairs.txt", "--cohort", root / "train.csv", "--top", 4, "--scores", normalised
+    )
+    assert status == 0
+    assert scores_in(plain)[0] == scores_in(normalised)[0]
+    assert not np.allclose(scores_in(plain)[1], scores_in(normalised)[1], atol=0.1)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(refused, root):
+    assert "is no checkpoint" in refused(root, root / "dev-0/10.wav", root / "dev-0/11.wav")
+    assert "is no checkpoint" in refused(root / "nowhere", root / "dev_pairs.txt")
+
+
+def test_a_missing_recording_is_named(refused, root, checkpoint):
+    assert "gone.wav cannot be used: there is no such file" in refused(
+        checkpoint, root / "dev-0/10.wav", root / "gone.wav"
+    )
+
+
+def test_a_silent_recording_is_named(refused, root, checkpoint, tmp_path):
+    write_audio(tmp_path / "silent.wav", np.zeros(16_000))
+    assert "silent.wav cannot be used: it is silent" in refused(checkpoint, tmp_path / "silent.wav", root / "a.wav")
+
+
+def test_a_missing_list_is_named(refused, root, checkpoint):
+    assert "gone.txt" in refused(checkpoint, root / "gone.txt")
+
+
+def test_a_list_of_recordings_that_are_not_there_is_refused(refused, root, checkpoint, tmp_path):
+    pairs = shutil.copy(root / "dev_pairs.txt", tmp_path / "pairs.txt")
+    assert "dev-0/10.wav" in refused(checkpoint, pairs)
+
+
+def test_three_recordings_are_refused(refused, root, checkpoint):
+    recordings = [root / f"dev-0/{take}.wav" for take in (10, 11, 12)]
+    assert "Name two recordings or one pair list, got 3 files" in refused(checkpoint, *recordings)
+
+
+def test_a_cohort_for_two_recordings_is_refused(refused, root, checkpoint):
+    pair = (root / "dev-0/10.wav", root / "dev-0/11.wav")
+    assert "--cohort goes with a pair list" in refused(checkpoint, *pair, "--cohort", root / "train.csv")
+
+
+def test_too_few_of_a_cohort_are_refused(refused, root, checkpoint):
+    assert "top_n must lie between 2" in refused(
+        checkpoint, root / "dev_pairs.txt", "--cohort", root / "train.csv", "--top", 1
+    )
+
+
+def test_scores_that_cannot_be_written_are_told_without_a_traceback(refused, root, checkpoint, tmp_path):
+    assert "nowhere" in refused(checkpoint, root / "dev_pairs.txt", "--scores", tmp_path / "nowhere/scores.txt")
