@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         return _train(chosen)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"raysv.train: {error}", file=sys.stderr)
         return 2
 

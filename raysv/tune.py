@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         return _tune(chosen)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"raysv.tune: {error}", file=sys.stderr)
         return 2
 
@@ -96,7 +96,7 @@ def _conclude(study: Study, folder: Path) -> int:
     print(f"  python -m raysv.train {_shown(folder / BEST_FILE)}    # train it alone and test it")
     if uri.startswith("sqlite"):
         print(f"  mlflow server --backend-store-uri {uri}    # then compare the trials at")
-    print(f"  {runs_link(uri, experiment_id(uri, EXPERIMENT))}")
+    print(f"  {runs_link(uri, experiment_id(uri, EXPERIMENT), folder.name)}")
     return 0
 
 

@@ -29,5 +29,5 @@ def write_checkpoint(folder, config, encoder, scores=(0.9, 0.3, 0.5, 0.1), same_
     history = [{"epoch": epoch, "loss/total": 3.0 / epoch, "dev/eer": 0.5 / epoch} for epoch in (1, 2)]
     folder.mkdir(parents=True, exist_ok=True)
     state = {"loss": {"aam.weight": torch.ones(7, 16)}, "optimizer": {"state": {}, "param_groups": []}}
-    save_checkpoint(folder, Standing(config, history, dev, 7, "0123456789abcdef"), encoder, state)
+    save_checkpoint(folder, Standing(config, history, dev, 7, "0123456789abcdef", "cpu, float32"), encoder, state)
     return folder

@@ -68,6 +68,10 @@ def printed_until(process: subprocess.Popen[str], words: str) -> str:
     raise AssertionError(f"It ended without saying {words!r}:\n{printed}")
 
 
+def trials_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     return Desk(tmp_path_factory.mktemp("desk with späce"))
@@ -78,8 +82,10 @@ def study(desk: Desk) -> tuple[Path, str]:
     """A study on the embedded corpus whose driver was killed in the middle and resumed; its folder and last words."""
     driver = desk.open("tune.py", "space.yaml", "--name", "killed")
     printed_until(driver, f"epoch 2/{EPOCHS}")
-    driver.send_signal(signal.SIGKILL)
+    driver.kill()
     driver.wait()
+    assert driver.stdout is not None
+    driver.stdout.close()
     time.sleep(5)  # its workers notice, and end
     words = desk.run("tune.py", "--resume", "killed")
     return desk.folder / "results" / "killed", words
@@ -88,7 +94,7 @@ def study(desk: Desk) -> tuple[Path, str]:
 @pytest.mark.slow
 def test_a_killed_study_is_resumed_to_exactly_the_trials_asked_for(study: tuple[Path, str]) -> None:
     folder, words = study
-    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    rows = trials_of(folder)
     assert len(rows) == len({row["trial_id"] for row in rows}) == TRIALS
     assert {row["outcome"] for row in rows} <= {"complete", "pruned"}
     assert "goes on" in words
@@ -98,6 +104,7 @@ def test_a_killed_study_is_resumed_to_exactly_the_trials_asked_for(study: tuple[
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning")
 def test_mlflow_holds_the_study_its_trials_and_their_curves_without_a_gap(desk: Desk, study: tuple[Path, str]) -> None:
     folder, _ = study
     client = MlflowClient(f"sqlite:///{desk.folder / 'mlflow.db'}")
@@ -106,7 +113,7 @@ def test_mlflow_holds_the_study_its_trials_and_their_curves_without_a_gap(desk: 
     runs = client.search_runs([experiment.experiment_id])
     parent = next(run for run in runs if run.data.tags["raysv.kind"] == "study")
     children = {run.data.tags["raysv.trial_id"]: run for run in runs if run.data.tags["raysv.kind"] == "trial"}
-    rows = {row["trial_id"]: row for row in csv.DictReader((folder / "trials.csv").open())}
+    rows = {row["trial_id"]: row for row in trials_of(folder)}
     assert children.keys() == rows.keys()
     for trial_id, run in children.items():
         row = rows[trial_id]
@@ -125,7 +132,7 @@ def test_mlflow_holds_the_study_its_trials_and_their_curves_without_a_gap(desk: 
 @pytest.mark.slow
 def test_the_papers_setting_is_the_first_trial(study: tuple[Path, str]) -> None:
     folder, _ = study
-    first = next(row for row in csv.DictReader((folder / "trials.csv").open()) if row["trial"] == "t000")
+    first = next(row for row in trials_of(folder) if row["trial"] == "t000")
     assert float(first["loss.margin"]) == 0.2
     assert float(first["loss.temperature"]) == 0.07
 
@@ -173,7 +180,7 @@ def test_trials_that_diverge_end_as_errors_with_the_reason(desk: Desk) -> None:
     options = [part for setting in settings for part in ("--set", setting)]
     words = desk.run("tune.py", "space.yaml", "--name", "diverged", *options, status=1)
     assert "Lower optimizer.learning_rate" in words
-    rows = list(csv.DictReader((desk.folder / "results" / "diverged" / "trials.csv").open()))
+    rows = trials_of(desk.folder / "results" / "diverged")
     assert [row["outcome"] for row in rows] == ["error", "error"]
 
 

@@ -81,9 +81,16 @@ class Corpus:
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Where decoded waveforms and the embedded corpus are kept."""
-    chosen = data.cache or os.environ.get("RAYSV_CACHE") or "~/.cache/raysv"
-    return Path(chosen).expanduser().absolute()
+    """Where decoded waveforms and the embedded corpus are kept.
+
+    Raises: ValueError when that is a relative path.
+    """
+    chosen = Path(data.cache or os.environ.get("RAYSV_CACHE") or "~/.cache/raysv").expanduser()
+    if not chosen.is_absolute():
+        raise ValueError(
+            f"The cache {chosen} is relative, and every worker runs in a folder of its own. Make it absolute."
+        )
+    return chosen
 
 
 def load_corpus(

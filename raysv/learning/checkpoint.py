@@ -39,6 +39,7 @@ class Standing:
         dev: the evaluation after this epoch.
         speakers: classes in training.
         data_hash: of everything it learned from.
+        computed: on which kind of device and in which precision.
     """
 
     config: Config
@@ -46,6 +47,7 @@ class Standing:
     dev: Evaluation
     speakers: int
     data_hash: str
+    computed: str
 
 
 def save_checkpoint(folder: Path, standing: Standing, encoder: SpeakerEncoder, training_state: dict[str, Any]) -> None:
@@ -58,6 +60,7 @@ def save_checkpoint(folder: Path, standing: Standing, encoder: SpeakerEncoder, t
         "threshold_is": "the cosine at which false acceptances equal false rejections on the dev pairs",
         "training_speakers": standing.speakers,
         "data_hash": standing.data_hash,
+        "computed": standing.computed,
         "versions": versions(),
         "config": config_to_dict(standing.config),
     }

@@ -94,7 +94,7 @@ def fit(
             report(metrics, None)
             continue
         with tempfile.TemporaryDirectory(prefix="raysv-checkpoint-") as folder:
-            standing = Standing(config, history, dev, len(corpus.train.speakers), corpus.digest)
+            standing = Standing(config, history, dev, len(corpus.train.speakers), corpus.digest, run.computed)
             save_checkpoint(Path(folder), standing, run.learner.encoder, run.state())
             report(metrics, Path(folder))
 
@@ -110,6 +110,7 @@ class _Run:
         self.parallel = wrap(self.learner)
         self.optimizer = _optimizer(config, self.learner)
         self.precision = compute_dtype(config.training.precision, device)
+        self.computed = f"{device.type}, {str(self.precision).removeprefix('torch.')}"
 
     def train_epoch(self, epoch: int, batches: Any) -> Metrics:
         """One pass over the training list; the metrics are means over its steps."""

@@ -16,7 +16,11 @@ from raysv.search.space import ResourcesConfig
 KNOCK_SECONDS = 5
 DASHBOARD_SECONDS = 120
 DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # of Ray: where every process of a cluster finds its dashboard
-LOCAL_SETTINGS = {"RAY_worker_maximum_startup_concurrency": "16"}  # a trial has many helpers; Ray warns of each dozen
+LOCAL_SETTINGS = {  # of the processes of a private cluster
+    "RAY_worker_maximum_startup_concurrency": "16",  # a trial has many helpers; Ray warns of each dozen
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),  # keep memory instead of giving every activation back to the system,
+    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),  # which on a CPU took a sixth of the time
+}
 LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; nothing large goes through it, audio is memory-mapped
 
 

@@ -114,15 +114,15 @@ def config_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
         return read_yaml(Path(path))
 
 
-def runs_link(uri: str, experiment: str) -> str:
-    """The page of MLflow with all trials of an experiment, best first.
+def runs_link(uri: str, experiment: str, study: str) -> str:
+    """The page of MLflow with all trials of a study, best first.
 
     For SQLite it is where `mlflow server --backend-store-uri URI` serves it. MLflow 3 opens an experiment in its mode
     for language models and folds trials away below their study, unless the address says otherwise.
     """
     server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     order = quote(f"metrics.`{METRIC}`", safe=".")
-    trials = quote(f"tags.`{KIND}` = 'trial'", safe=".'")
+    trials = quote(f"tags.`{KIND}` = 'trial' AND tags.`{STUDY}` = '{study}'", safe=".'")
     return (
         f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
         f"&orderByKey={order}&orderByAsc=true&searchFilter={trials}"

@@ -1,0 +1,226 @@
+import csv
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.tune
+
+from raysv.config import read_yaml
+from raysv.search.proposals import OptunaProposals
+from raysv.search.results import METRIC, TIME
+from raysv.search.space import Space, space_from_dict
+from raysv.search.study import (
+    BEST_FILE,
+    SPACE_FILE,
+    TRIALS_FILE,
+    TUNE_FOLDER,
+    Study,
+    TrialRecord,
+    find_study,
+    load_space,
+    open_study,
+    read_study,
+)
+from raysv.search.tuner import TUNE_SETTINGS
+
+EPOCHS = 3
+TREE = {
+    "loss": {"margin": {"uniform": [0.0, 0.5]}, "scale": {"choice": [30.0, 32.0]}},
+    "training": {"epochs": EPOCHS},
+    "search": {"trials": 4},
+    "resources": {"workers": 2},
+}
+
+
+@pytest.fixture
+def space() -> Space:
+    return space_from_dict(TREE, "small")
+
+
+def record(name: str, outcome: str, eer: float | None = None, epoch: int = EPOCHS, reason: str = "") -> TrialRecord:
+    metrics = {} if eer is None else {TIME: epoch, METRIC: eer, "dev/min_dcf_0.01": 2 * eer}
+    margin = int(name[1:]) / 10 + 1 / 3000
+    return TrialRecord(
+        name, f"id-{name}", {"loss.margin": margin, "loss.scale": 32.0}, metrics, outcome, reason, f"/trials/{name}"
+    )
+
+
+TRIALS = [
+    record("t0", "complete", 0.3),
+    record("t1", "pruned", 0.05, epoch=1),
+    record("t2", "complete", 0.2),
+    record("t3", "error", reason="ValueError: no file a.wav\nname another"),
+    record("t4", "unfinished", 0.01, epoch=2),
+    record("t5", "pruned", 0.4, epoch=2),
+]
+
+
+def test_the_best_trial_is_the_lowest_among_those_seen_to_their_end(space: Space) -> None:
+    best = Study(space, TRIALS).best
+    assert best is not None and best.name == "t2"
+    assert Study(space, [trial for trial in TRIALS if trial.outcome != "complete"]).best is None
+    assert Study(space, []).best is None
+
+
+def test_trials_that_never_started_are_unfinished_too(space: Space) -> None:
+    assert Study(space, []).unfinished == 4
+    assert Study(space, TRIALS[:2]).unfinished == 2
+    assert Study(space, [TRIALS[0], TRIALS[3], TRIALS[4]]).unfinished == 2
+    assert Study(space, TRIALS[:4]).unfinished == 0
+
+
+def test_the_table_ranks_by_how_far_a_trial_was_seen_and_then_by_its_eer(space: Space) -> None:
+    assert Study(space, TRIALS).table().splitlines() == [
+        "trial  margin    scale  epochs  EER %  minDCF .01  outcome",
+        "t2     0.2       32     3       20.00  0.400       complete",
+        "t0     0.000333  32     3       30.00  0.600       complete",
+        "t5     0.5       32     2       40.00  0.800       pruned",
+        "t1     0.1       32     1       5.00   0.100       pruned",
+        "t3     0.3       32     0                          error: ValueError: no file a.wav",
+        "t4     0.4       32     2       1.00   0.020       unfinished",
+    ]
+
+
+def test_a_study_without_trials_has_a_table_of_its_head(space: Space) -> None:
+    assert Study(space, []).table() == "trial  margin  scale  epochs  EER %  minDCF .01  outcome"
+
+
+def test_what_is_written_has_every_trial_and_every_digit(space: Space, tmp_path: Path) -> None:
+    Study(space, TRIALS).write(tmp_path)
+    with (tmp_path / TRIALS_FILE).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == [trial.name for trial in TRIALS]
+    assert float(rows[2]["loss.margin"]) == TRIALS[2].values["loss.margin"]
+    assert rows[3] == {
+        "trial": "t3",
+        "trial_id": "id-t3",
+        "outcome": "error",
+        "reason": TRIALS[3].reason,
+        "epoch": "0",
+        "dev_eer": "",
+        "loss.margin": str(0.3 + 1 / 3000),
+        "loss.scale": "32.0",
+        "checkpoint": "/trials/t3",
+    }
+
+
+def test_the_best_config_is_a_space_of_one_point_with_the_resources_of_the_study(space: Space, tmp_path: Path) -> None:
+    Study(space, TRIALS).write(tmp_path)
+    written = (tmp_path / BEST_FILE).read_text()
+    assert written.startswith("# The best of 6 trials of study small: trial t2 (id-t2), EER 20.00 % on the dev pairs.")
+    best = space_from_dict(read_yaml(tmp_path / BEST_FILE), "best")
+    assert best.ranges == {}
+    assert best.config({}) == space.config(TRIALS[2].values)
+    assert best.resources == space.resources
+
+
+def test_without_a_complete_trial_there_is_no_best_config(space: Space, tmp_path: Path) -> None:
+    Study(space, [TRIALS[1], TRIALS[3]]).write(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [TRIALS_FILE]
+
+
+def test_a_study_that_is_opened_keeps_what_it_searches(space: Space, tmp_path: Path) -> None:
+    folder = open_study(space, tmp_path / "results", "mine")
+    assert folder == tmp_path / "results" / "mine"
+    kept = load_space(folder)
+    assert kept.to_dict() == space.to_dict()
+    assert kept.name == "mine"
+
+
+def test_a_study_without_a_name_is_named_after_its_space_and_the_time(space: Space, tmp_path: Path) -> None:
+    assert open_study(space, tmp_path).name.startswith("small-")
+
+
+def test_no_study_is_written_over(space: Space, tmp_path: Path) -> None:
+    open_study(space, tmp_path, "mine")
+    with pytest.raises(ValueError, match=r"There is a study .*mine already"):
+        open_study(space, tmp_path, "mine")
+
+
+def test_a_study_is_found_by_folder_by_name_and_by_the_name_of_its_space(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = (open_study(space, tmp_path / "results", name) for name in ("small-2", "small-1"))
+    open_study(space, tmp_path / "results", "other")
+    for age, folder in enumerate((newer, older)):
+        os.utime(folder / SPACE_FILE, (1e9 - age, 1e9 - age))
+    monkeypatch.chdir(tmp_path)
+    assert find_study(Path("results"), "results/small-2") == older
+    assert find_study(Path("results"), "small-2") == older
+    assert find_study(Path("results"), "small") == newer
+
+
+def test_a_study_that_is_not_there_is_an_error_that_lists_the_others(space: Space, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"No study mine to be found. Studies in .*: none\."):
+        find_study(tmp_path, "mine")
+    open_study(space, tmp_path, "yours")
+    with pytest.raises(ValueError, match=r"Studies in .*: yours\."):
+        find_study(tmp_path, "mine")
+
+
+def test_a_folder_that_is_no_study_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"is no study: it has no {SPACE_FILE}"):
+        read_study(tmp_path)
+
+
+def test_a_study_that_was_broken_off_at_once_has_no_trials(space: Space, tmp_path: Path) -> None:
+    folder = open_study(space, tmp_path, "mine")
+    assert read_study(folder).trials == []
+    (folder / TUNE_FOLDER).mkdir()  # Tune makes it before it has anything to note
+    assert read_study(folder).trials == []
+
+
+class BreakOff(ray.tune.Callback):
+    """Ctrl-C at the first result of a trial."""
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        if trial.config["loss.margin"] == 0.4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_ray")
+def test_a_study_that_was_broken_off_tells_how_each_trial_ended(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(values: dict[str, Any], folder: str) -> None:
+        margin = values["loss.margin"]
+        for epoch in range(1, 2 if margin == 0.2 else EPOCHS + 1):
+            if margin == 0.3:
+                raise RuntimeError("this trial was made to fail")
+            ray.tune.report({TIME: epoch, METRIC: margin, "checkpoint_path": f"{folder}/{epoch}"})
+
+    for name, value in TUNE_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    folder = open_study(space, tmp_path, "mine")
+    proposals = OptunaProposals(
+        {key: span.distribution() for key, span in space.ranges.items()},
+        epochs=EPOCHS,
+        storage=f"sqlite:///{tmp_path / 'optuna.db'}",
+        study_name="mine",
+        points=[{"loss.margin": margin, "loss.scale": 30.0} for margin in (0.1, 0.2, 0.3, 0.4)],
+    )
+    ray.tune.Tuner(
+        partial(train, folder="/trials"),
+        tune_config=ray.tune.TuneConfig(
+            metric=METRIC, mode="min", search_alg=proposals, num_samples=4, max_concurrent_trials=1
+        ),
+        run_config=ray.tune.RunConfig(name=TUNE_FOLDER, storage_path=str(folder), callbacks=[BreakOff()], verbose=0),
+    ).fit()
+    ray.shutdown()  # a study is read where no Ray runs
+    study = read_study(folder)
+    assert [(trial.name, trial.values["loss.margin"], trial.outcome, trial.reason) for trial in study.trials] == [
+        ("t000", 0.1, "complete", ""),
+        ("t001", 0.2, "pruned", ""),
+        ("t002", 0.3, "error", "RuntimeError: this trial was made to fail"),
+        ("t003", 0.4, "unfinished", ""),
+    ]
+    assert study.unfinished == 1
+    assert study.best is not None
+    assert (study.best.epoch, study.best.eer, study.best.checkpoint) == (EPOCHS, 0.1, "/trials/3")
+    study.write(folder)
+    assert read_yaml(folder / BEST_FILE)["loss"]["margin"] == 0.1
