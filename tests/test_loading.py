@@ -351,6 +351,9 @@ def test_the_cache_is_where_the_configuration_or_the_environment_says(tmp_path, 
     assert cache_folder(DataConfig()) == tmp_path / "home" / "scratch"
     monkeypatch.chdir(tmp_path)
     assert cache_folder(DataConfig(cache="here")) == tmp_path / "here"
+    monkeypatch.setenv("RAYSV_CACHE", "here")
+    with pytest.raises(ValueError, match="RAYSV_CACHE is here"):
+        cache_folder(DataConfig())
 
 
 def test_a_pair_list_of_its_own_needs_no_manifest(tiny_corpus, tmp_path):

@@ -48,7 +48,9 @@ def test_a_deleted_experiment_is_an_error_that_says_how_to_restore_it(tracking_u
 def test_the_link_opens_the_trials_best_first() -> None:
     link = mlflow_store.runs_link("http://host:5000/", "7", "mine")
     assert link.startswith("http://host:5000/#/experiments/7/runs?workflowType=machine_learning&orderByKey=metrics.%60")
-    assert link.endswith("searchFilter=tags.%60raysv.kind%60%20%3D%20'trial'")
+    assert link.endswith(
+        "searchFilter=tags.%60raysv.kind%60%20%3D%20'trial'%20AND%20tags.%60raysv.study%60%20%3D%20'mine'"
+    )
 
 
 def test_the_link_for_a_file_is_where_a_server_beside_it_listens() -> None:

@@ -144,13 +144,14 @@ def test_no_study_is_written_over(space: Space, tmp_path: Path) -> None:
 def test_a_study_is_found_by_folder_by_name_and_by_the_name_of_its_space(
     space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older, newer = (open_study(space, tmp_path / "results", name) for name in ("small-2", "small-1"))
-    open_study(space, tmp_path / "results", "other")
+    older, newer = (open_study(space, tmp_path / "results", f"small-1122-{time}") for time in ("190000", "180000"))
+    for name in ("other", "small-other-1122-200000", "small2-1122-200000"):
+        open_study(space, tmp_path / "results", name)
     for age, folder in enumerate((newer, older)):
         os.utime(folder / SPACE_FILE, (1e9 - age, 1e9 - age))
     monkeypatch.chdir(tmp_path)
-    assert find_study(Path("results"), "results/small-2") == older
-    assert find_study(Path("results"), "small-2") == older
+    assert find_study(Path("results"), "results/small-1122-190000") == older
+    assert find_study(Path("results"), "small-1122-190000") == older
     assert find_study(Path("results"), "small") == newer
 
 

@@ -151,7 +151,7 @@ def test_a_finished_run_that_is_resumed_reports_how_it_ended(root, undisturbed):
         lambda metrics, where: reports.append((metrics, where)),
         resume=folder / "3",
     )
-    assert reports == [(history[-1], None)]
+    assert reports == [(history[-1], folder / "3")]
 
 
 def test_test_lists_are_judged_only_when_asked_for_and_only_at_the_end(root):

@@ -83,13 +83,13 @@ class Corpus:
 def cache_folder(data: DataConfig) -> Path:
     """Where decoded waveforms and the embedded corpus are kept.
 
-    Raises: ValueError when that is a relative path.
+    Raises: ValueError when RAYSV_CACHE is a relative path.
     """
-    chosen = Path(data.cache or os.environ.get("RAYSV_CACHE") or "~/.cache/raysv").expanduser()
+    if data.cache:
+        return Path(data.cache).expanduser().absolute()
+    chosen = Path(os.environ.get("RAYSV_CACHE") or "~/.cache/raysv").expanduser()
     if not chosen.is_absolute():
-        raise ValueError(
-            f"The cache {chosen} is relative, and every worker runs in a folder of its own. Make it absolute."
-        )
+        raise ValueError(f"RAYSV_CACHE is {chosen}, but every worker runs in a folder of its own. Make it absolute.")
     return chosen
 
 

@@ -36,6 +36,10 @@ MEASURES = ("loss/total", "loss/aam", "loss/supcon", "train/accuracy", "train/gr
 class DivergedError(RuntimeError):
     """The loss, its gradient or the embeddings are infinite or no numbers; no further epoch can mend it."""
 
+    def __init__(self, what: str, epoch: int) -> None:
+        super().__init__(what)
+        self.epoch = epoch
+
 
 class Learner(nn.Module):
     """What is trained: the encoder and the class weights, from a worker's batch to the loss of the global one."""
@@ -77,7 +81,9 @@ def fit(
     run = _Run(config, corpus, device)
     history = run.restore(resume) if resume else []
     if len(history) >= config.training.epochs:
-        report(history[-1], None)  # it was complete; who asked again still wants to know how it ended
+        report(
+            history[-1], resume if rank() == 0 else None
+        )  # it was complete; who asked again still wants to know how it ended
         return
     batches = iter(
         loader(run.batches, len(history) + 1, config.training.epochs, _loader_workers(config, device), pin=run.on_gpu)
@@ -137,7 +143,7 @@ class _Run:
         try:
             return evaluate(self.learner.encoder, pairs)
         except NotFiniteError as error:
-            raise DivergedError(f"Training diverged in epoch {epoch}: {error} {self._advice}") from error
+            raise DivergedError(f"Training diverged in epoch {epoch}: {error} {self._advice}", epoch) from error
 
     def _step(self, batch: Batch) -> Tensor:
         """One update; returns its `MEASURES`."""
@@ -160,7 +166,7 @@ class _Run:
         loss, *_, norm = totals.tolist()
         if not math.isfinite(loss + norm):
             what = f"The gradient's norm became {norm}" if math.isfinite(loss) else f"The loss became {loss}"
-            raise DivergedError(f"{what} in epoch {epoch}, at or before step {step}. {self._advice}")
+            raise DivergedError(f"{what} in epoch {epoch}, at or before step {step}. {self._advice}", epoch)
 
     @property
     def _advice(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections import Counter
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -73,10 +73,6 @@ class Study:
     def unfinished(self) -> int:
         """Trials that the study was asked for and has not seen the end of."""
         return self.space.search.trials - sum(trial.outcome != "unfinished" for trial in self.trials)
-
-    def counts(self) -> dict[str, int]:
-        """How many trials ended how."""
-        return dict(Counter(trial.outcome for trial in self.trials))
 
     def table(self) -> str:
         """All trials, best first, as text in columns."""
@@ -170,7 +166,7 @@ def open_study(space: Space, results: Path, name: str | None = None) -> Path:
 
 
 def find_study(results: Path, name: str) -> Path:
-    """The folder of a study: given as such, by its name, or the newest whose name begins with the name of a space.
+    """The folder of a study: given as such, by its name, or the newest of those named after a space.
 
     Raises: ValueError when there is none, listing those there are.
     """
@@ -178,7 +174,7 @@ def find_study(results: Path, name: str) -> Path:
         if (folder / SPACE_FILE).is_file():
             return folder.absolute()
     studies = sorted(results.glob(f"*/{SPACE_FILE}"), key=lambda file: file.stat().st_mtime)
-    found = [file.parent for file in studies if file.parent.name.startswith(name)]
+    found = [file.parent for file in studies if re.fullmatch(rf"{re.escape(name)}-\d{{4}}-\d{{6}}", file.parent.name)]
     if not found:
         there = ", ".join(file.parent.name for file in studies) or "none"
         raise ValueError(f"No study {name} to be found. Studies in {results}: {there}.")

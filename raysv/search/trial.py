@@ -82,10 +82,8 @@ def train_worker(job: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(job["threads"])
-    last: Metrics = {TIME: 0}
 
     def report(metrics: Metrics, folder: Path | None) -> None:
-        last.update(metrics)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None)
 
     checkpoint = ray.train.get_checkpoint()
@@ -97,4 +95,4 @@ def train_worker(job: dict[str, Any]) -> None:
                 fit(config, report, device=device, tests=job["tests"], resume=Path(folder))
     except DivergedError as error:
         # an answer, not an accident: trying again would diverge again, and the search is to learn from it
-        ray.train.report({TIME: int(last[TIME]) + 1, METRIC: CHANCE, "failure": str(error)})
+        ray.train.report({TIME: error.epoch, METRIC: CHANCE, "failure": str(error)})
