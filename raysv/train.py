@@ -24,6 +24,7 @@ from raysv.search.mlflow_store import check, config_of_run, default_tracking_uri
 from raysv.search.space import Space, space_from_dict
 from raysv.search.study import BEST_FILE, Study, find_study, open_study
 from raysv.search.tuner import check_data, run_study
+from raysv.search.wording import python, shown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,9 +55,11 @@ def _train(chosen: argparse.Namespace) -> int:
     if chosen.skip_bad_audio:
         settings["data.skip_bad_audio"] = True
     space = _read_source(chosen.source, chosen.results, uri, settings)
+    print("Reading and checking the data ...", flush=True)
     corpus = check_data(space, tests=True)
     folder = open_study(space, chosen.results, chosen.name or _free_name(chosen.results, space.name))
-    print(f"Training {chosen.source} for {space.epochs} epochs\nResults  {folder}\nMLflow   {uri}", flush=True)
+    print(f"Training {chosen.source} for {space.epochs} epochs")
+    print(f"Data     {space.tree['data']['root']}: {corpus}\nResults  {folder}\nMLflow   {uri}", flush=True)
     return _conclude(run_study(space, folder, corpus, uri, resume=False, tests=True), folder)
 
 
@@ -103,7 +106,7 @@ def _conclude(study: Study, folder: Path) -> int:
         }
         costs = "   ".join(f"minDCF({prior}) {cost:.3f}" for prior, cost in rates.items())
         print(f"{name.ljust(width)}   EER {100 * run.metrics[f'{name}/eer']:5.2f} %   {costs}")
-    print(f"\nEncoder  {checkpoint}\n\nNext:\n  python -m raysv.verify {checkpoint} a.wav b.wav")
+    print(f"\nEncoder  {checkpoint}\n\nNext:\n  {python()} -m raysv.verify {shown(checkpoint)} a.wav b.wav")
     return 0
 
 

@@ -12,14 +12,17 @@ mlflow.db in this folder, or wherever MLFLOW_TRACKING_URI points.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from raysv.config import parse_settings
+from raysv.corpus.loading import Corpus
 from raysv.search.mlflow_store import check, default_tracking_uri, experiment_id, runs_link
 from raysv.search.space import Space, read_space
-from raysv.search.study import BEST_FILE, Study, find_study, load_space, open_study, read_study
+from raysv.search.study import BEST_FILE, TRIALS_FILE, Study, find_study, load_space, open_study, read_study
 from raysv.search.tuner import EXPERIMENT, check_data, run_study
+from raysv.search.wording import python, shown
 
 DEFAULT_SPACE = Path("search_spaces/demo.yaml")
 
@@ -65,19 +68,21 @@ def _tune(chosen: argparse.Namespace) -> int:
         space = read_space(chosen.space, settings)
     uri = default_tracking_uri(Path.cwd())
     check(uri)
+    print("Reading and checking the data ...", flush=True)
     corpus = check_data(space)
     if not resume:
         folder = open_study(space, chosen.results, chosen.name)
-    _introduce(space, folder, uri)
+    _introduce(space, folder, uri, corpus)
     study = run_study(space, folder, corpus, uri, resume=resume)
     return _conclude(study, folder)
 
 
-def _introduce(space: Space, folder: Path, uri: str) -> None:
+def _introduce(space: Space, folder: Path, uri: str, corpus: Corpus) -> None:
     searched = "\n         ".join(f"{key}: {span}" for key, span in space.ranges.items()) or "nothing, a single run"
     stopping = "stopped early by ASHA" if space.search.early_stopping == "asha" else "all to the end"
     print(f"Study    {folder.name}: {space.search.trials} trials of up to {space.epochs} epochs, {stopping}")
     print(f"Searches {searched}")
+    print(f"Data     {space.tree['data']['root']}: {corpus}")
     print(f"Results  {folder}\nMLflow   {uri}", flush=True)
 
 
@@ -86,23 +91,18 @@ def _conclude(study: Study, folder: Path) -> int:
     print(f"\n{study.table()}\n")
     if study.unfinished:
         print(f"Broken off with {study.unfinished} trials to go. Go on with:")
-        print(f"  python -m raysv.tune --resume {_shown(folder)}")
+        print(f"  {python()} -m raysv.tune --resume {shown(folder)}")
         return 130
     if study.best is None:
-        print(f"No trial ended well. The reasons are above and in {_shown(folder)}/tune/*/error.txt", file=sys.stderr)
+        print(f"No trial ended well. The reasons are above and in {shown(folder / TRIALS_FILE)}", file=sys.stderr)
         return 1
     uri = default_tracking_uri(Path.cwd())
     print(f"Best: {study.best.name}, EER {100 * study.best.eer:.2f} % on the dev pairs.\n\nNext:")
-    print(f"  python -m raysv.train {_shown(folder / BEST_FILE)}    # train it alone and test it")
+    print(f"  {python()} -m raysv.train {shown(folder / BEST_FILE)}    # train it alone and test it")
     if uri.startswith("sqlite"):
-        print(f"  mlflow server --backend-store-uri {uri}    # then compare the trials at")
+        print(f"  {python()} -m mlflow server --backend-store-uri {shlex.quote(uri)}    # then compare the trials at")
     print(f"  {runs_link(uri, experiment_id(uri, EXPERIMENT), folder.name)}")
     return 0
-
-
-def _shown(path: Path) -> Path:
-    """A path as short as it can be typed here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

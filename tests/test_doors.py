@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -142,8 +143,8 @@ def test_the_printed_next_command_trains_the_best_config_and_its_encoder_verifie
     desk: Desk, study: tuple[Path, str]
 ) -> None:
     folder, words = study
-    command = next(line.split("#")[0].split() for line in words.splitlines() if "raysv.train" in line)
-    assert command[:3] == ["python", "-m", "raysv.train"]
+    command = next(shlex.split(line, comments=True) for line in words.splitlines() if "raysv.train" in line)
+    assert shutil.which(command[0], path=os.environ["PATH"]) or Path(command[0]).is_file()
     best = yaml.safe_load((folder / "best_config.yaml").read_text())
     printed = desk.run(*command[1:], "--name", "alone", "--set", "resources.workers=2")
     checkpoint = desk.folder / "results" / "alone" / "checkpoint"

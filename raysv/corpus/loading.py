@@ -69,6 +69,11 @@ class Corpus:
     tests: dict[str, PairSet]
     clips: dict[str, WaveformStore]
 
+    def __str__(self) -> str:
+        train = self.train
+        counts = f"{len(train.speakers)} speakers and {len(train.labels)} utterances to learn from"
+        return f"{counts}, {len(self.dev.same_speaker)} dev pairs"
+
     @cached_property
     def digest(self) -> str:
         """Hash of training audio, labels, dev pairs and clips: runs with the same one learned from the same data."""

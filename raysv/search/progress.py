@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -100,10 +101,12 @@ class Decoding:
 
     def __init__(self, every_seconds: float = 5.0) -> None:
         self._every = every_seconds
-        self._said = time.monotonic()
+        self._said = math.inf
 
     def __call__(self, done: int, total: int) -> None:
         """Called after each recording."""
+        if done == 1:
+            self._said = time.monotonic()
         if time.monotonic() - self._said >= self._every:
             self._said = time.monotonic()
             print(f"decoding audio, once for all trials: {done} of {total}", flush=True)

@@ -110,7 +110,7 @@ class Study:
             header = (
                 f"The best of {len(self.trials)} trials of study {self.space.name}: trial {self.best.name} "
                 f"({self.best.trial_id}), EER {100 * self.best.eer:.2f} % on the dev pairs.\n"
-                f"Train it alone with: python -m raysv.train {folder / BEST_FILE}"
+                f"Train it alone with: python -m raysv.train {folder.name}"
             )
             config = config_to_dict(self.space.config(self.best.values))
             resources = {"resources": self.space.to_dict()["resources"]}
