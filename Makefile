@@ -25,7 +25,7 @@ types: $(VENV)/installed-test
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "raysv needs Python 3.11 or later; name one with: make PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No environment could be made: install python3-venv."; exit 1; }
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV): about 6 GB, PyTorch with its GPU libraries. This takes some minutes."

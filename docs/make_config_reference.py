@@ -16,7 +16,8 @@ INTRODUCTION = f"""# Configuration reference
 Made from the code by `python docs/make_config_reference.py`; a test keeps it true.
 
 A configuration is a YAML file of these sections; what a file leaves out has its default. In a search space any value
-but `training.epochs` may be left open, as one of {", ".join(f"`{kind}`" for kind in RANGES)}:
+that is a text or a number, but `training.epochs`, may be left open:
+{", ".join(f"`{kind}`" for kind in RANGES)}.
 
 ```yaml
 loss: {{margin: {{uniform: [0.1, 0.5]}}, temperature: {{loguniform: [0.03, 0.3]}}, aam_views: {{choice: [all, first]}}}}

@@ -178,6 +178,13 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        warmups = {
+            "optimizer.warmup_epochs": self.optimizer.warmup_epochs,
+            "loss.margin_warmup_epochs": self.loss.margin_warmup_epochs,
+        }
+        for key, epochs in warmups.items():
+            if epochs > self.training.epochs:
+                raise ValueError(f"{key} is {epochs:g}, but training ends after {self.training.epochs} epochs.")
         if self.loss.contrast_weight > 0 and self.batch.views * self.batch.utterances_per_speaker < 2:
             raise ValueError(
                 "The contrastive term needs two views or two utterances of a speaker in a batch, got batch.views 1 and "

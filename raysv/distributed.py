@@ -137,14 +137,6 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view([1, -1] + [1] * (like.dim() - 2))
 
 
-def average(value: float) -> float:
-    """The mean over workers of a number that each of them has."""
-    if world_size() == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL moves nothing that is not on a GPU
-    return torch.cat(_parts(torch.tensor([value], dtype=torch.float64, device=device))).mean().item()
-
-
 def wrap(module: nn.Module) -> nn.Module:
     """The module behind DDP where there is more than one worker."""
     return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False) if world_size() > 1 else module

@@ -1,4 +1,13 @@
-"""Door: a corpus folder in, lists out, and the `data:` section that reads them."""
+"""A corpus folder in, lists out, and the `data:` section that reads them.
+
+    python -m raysv.prepare cnceleb /corpora/CN-Celeb_flac
+    python -m raysv.prepare voxceleb /corpora/voxceleb1 --pairs veri_test2.txt
+    python -m raysv.prepare kaldi /data/train                # wav.scp and utt2spk
+    python -m raysv.prepare folder /recordings               # a folder per speaker
+    python -m raysv.prepare synthetic voices                 # the embedded corpus, to look at
+
+Speakers for the dev pairs are held out of training where the corpus has no dev part; speakers of test pairs too.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +20,7 @@ import numpy as np
 import yaml
 
 from raysv.corpus import layouts
+from raysv.corpus.synthetic import write_corpus
 from raysv.corpus.utterances import Utterance, read_pairs, read_utterances
 
 LAYOUTS = {
@@ -27,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         data = _synthetic(options) if options.layout == "synthetic" else _prepare(options)
     except (ValueError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
+        print(f"raysv.prepare: {error}", file=sys.stderr)
         return 2
     print(f"\nFor a search space or a config:\n\n{yaml.safe_dump({'data': data}, sort_keys=False, allow_unicode=True)}")
     return 0
@@ -46,7 +56,10 @@ def _prepare(options: argparse.Namespace) -> dict[str, Any]:
     lists = layouts.complete(found, test_pairs, options.dev_speakers, options.min_utterances, generator)
     if options.durations:
         lists = layouts.with_durations(lists)
-    data = layouts.write_lists(lists, options.output or folder, folder)
+    output = options.output or folder
+    if (output / "train.csv").exists() and not options.overwrite:
+        raise ValueError(f"{output} has lists already. Name another --output, or --overwrite them.")
+    data = layouts.write_lists(lists, output, folder)
     _describe("train", lists.train)
     _describe("dev", lists.dev, {"dev": lists.dev_pairs})
     _describe("test", lists.test, lists.test_pairs)
@@ -59,8 +72,6 @@ def _prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _synthetic(options: argparse.Namespace) -> dict[str, Any]:
-    from raysv.corpus.synthetic import write_corpus
-
     write_corpus(options.folder, options.seed)
     _describe("train", read_utterances(options.folder / "train.csv", options.folder))
     return {"root": str(options.folder.absolute())}
@@ -75,15 +86,23 @@ def _describe(part: str, utterances: list[Utterance], pairs: dict[str, Any] | No
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare", description="Write train, dev and test lists of a corpus folder.")
+    parser = argparse.ArgumentParser(
+        "raysv.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("layout", choices=[*LAYOUTS, "synthetic"], help="folder: a folder per speaker; synthetic: write that corpus")
     add("folder", type=Path, help="the corpus; becomes data.root")
     add("--output", type=Path, help="folder for the lists instead of the corpus folder")
     add("--pairs", type=Path, nargs="+", default=[], help="test pair lists; their speakers stay out of training")
-    add("--dev-speakers", type=int, default=20, help="to hold out where the corpus has no dev part (20)")
+    add(
+        "--dev-speakers",
+        type=int,
+        default=20,
+        help="to hold out if there is no dev part (20; more are steadier)",
+    )
     add("--min-utterances", type=int, default=2, help="of a training speaker, at least (2)")
     add("--seed", type=int, default=0, help="of the choice of dev speakers and pairs (0)")
+    add("--overwrite", action="store_true", help="replace lists that were written before")
     add("--durations", action="store_true", help="open every file to note its length")
     return parser
 

@@ -4,6 +4,7 @@
     python -m raysv.train results/STUDY                            # the same: a study's best configuration
     python -m raysv.train 0123456789abcdef0123456789abcdef         # the configuration of an MLflow run
     python -m raysv.train best_config.yaml --epochs 100 --set resources.workers=8
+    python -m raysv.train --resume results/RUN                     # go on with a run that was broken off
 
 Trains through the same code as a trial of a study, and ends with the test lists. The encoder is in
 results/RUN/checkpoint, ready for raysv.verify.
@@ -17,25 +18,28 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from raysv.config import parse_settings, read_yaml, with_values
 from raysv.search.mlflow_store import check, config_of_run, default_tracking_uri
 from raysv.search.space import Space, space_from_dict
-from raysv.search.study import BEST_FILE, Study, find_study, open_study
+from raysv.search.study import BEST_FILE, Study, find_study, load_space, open_study, read_study, started
 from raysv.search.tuner import check_data, run_study
 from raysv.search.wording import python, shown
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train one configuration; 0 when it was trained to its end, 1 when it failed, 2 for bad input."""
+    """Train one configuration.
+
+    Returns: 0 when it was trained to its end, 1 when it failed, 2 for bad input, 130 if broken off.
+    """
     parser = argparse.ArgumentParser(
         "raysv.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="a configuration (YAML), a study, or the id of an MLflow run")
+    parser.add_argument("source", nargs="?", help="a configuration (YAML), a study, or the id of an MLflow run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key otherwise")
     parser.add_argument("--epochs", type=int, help="train longer, or shorter, than the trial did")
     parser.add_argument("--name", help="of the run (default: the source's name and the time)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was broken off")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where studies and runs are kept")
     parser.add_argument("--skip-bad-audio", action="store_true", help="leave out recordings that cannot be used")
     chosen = parser.parse_args(arguments)
@@ -47,34 +51,41 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(chosen: argparse.Namespace) -> int:
-    uri = default_tracking_uri(Path.cwd())
-    check(uri)
-    settings = parse_settings(chosen.set)
+    if (chosen.source is None) == (chosen.resume is None):
+        raise ValueError("Name what to train, or a run to --resume.")
+    if chosen.resume:
+        if chosen.set or chosen.epochs or chosen.name or chosen.skip_bad_audio:
+            raise ValueError("--resume goes on with a run as it was started; no other option fits.")
+        folder = find_study(chosen.results, chosen.resume)
+        space, uri = load_space(folder), started(folder)["tracking_uri"]
+        check(uri)
+        corpus = check_data(space, tests=True)
+    else:
+        uri = default_tracking_uri(Path.cwd())
+        check(uri)
+        space = _read_source(chosen, uri)
+        corpus = check_data(space, tests=True)
+        folder = open_study(space, chosen.results, uri, chosen.name or _free_name(chosen.results, space.name))
+    print(f"Training {folder.name} for {space.epochs} epochs")
+    print(f"Data     {space.tree['data']['root']}: {corpus}\nResults  {folder}\nMLflow   {uri}", flush=True)
+    return _conclude(run_study(space, folder, corpus, uri, resume=bool(chosen.resume), tests=True), folder)
+
+
+def _read_source(chosen: argparse.Namespace, uri: str) -> Space:
+    """A space of one point: nothing is open in it, and it is tried once, to the end."""
+    source, settings = chosen.source, parse_settings(chosen.set)
     if chosen.epochs is not None:
         settings["training.epochs"] = chosen.epochs
     if chosen.skip_bad_audio:
         settings["data.skip_bad_audio"] = True
-    space = _read_source(chosen.source, chosen.results, uri, settings)
-    print("Reading and checking the data ...", flush=True)
-    corpus = check_data(space, tests=True)
-    folder = open_study(space, chosen.results, chosen.name or _free_name(chosen.results, space.name))
-    print(f"Training {chosen.source} for {space.epochs} epochs")
-    print(f"Data     {space.tree['data']['root']}: {corpus}\nResults  {folder}\nMLflow   {uri}", flush=True)
-    return _conclude(run_study(space, folder, corpus, uri, resume=False, tests=True), folder)
-
-
-def _read_source(source: str, results: Path, uri: str, settings: dict[str, Any]) -> Space:
-    """A space of one point: nothing is open in it, and it is tried once, to the end."""
     if re.fullmatch(r"[0-9a-f]{32}", source):
         tree, name = config_of_run(source, uri), f"run-{source[:8]}"
-    elif Path(source).is_file():
+    elif Path(source).suffix in (".yaml", ".yml"):
         file = Path(source).absolute()
         tree, name = read_yaml(file), file.parent.name if file.name == BEST_FILE else file.stem
     else:
-        study = find_study(results, source)
-        if not (study / BEST_FILE).is_file():
-            raise ValueError(f"Study {study.name} has no {BEST_FILE} yet: none of its trials has come to its end.")
-        tree, name = read_yaml(study / BEST_FILE), study.name
+        folder = find_study(chosen.results, source)
+        tree, name = read_study(folder).best_config(), folder.name
     once = {"search": {"trials": 1, "early_stopping": "none"}}
     space = space_from_dict(with_values(tree, settings) | once, f"train-{name}")
     if space.ranges:
@@ -91,9 +102,11 @@ def _free_name(results: Path, name: str) -> str:
 def _conclude(study: Study, folder: Path) -> int:
     """Put the encoder where it is easily found; print what it is worth and what to do with it."""
     run = study.best
+    if study.unfinished:
+        print(f"Broken off. Go on with:\n  {python()} -m raysv.train --resume {shown(folder)}")
+        return 130
     if run is None:
-        reasons = [trial.reason for trial in study.trials if trial.reason]
-        print(f"Training failed: {', '.join(reasons) or 'it was broken off'}", file=sys.stderr)
+        print(f"Training failed: {', '.join(trial.reason for trial in study.trials)}", file=sys.stderr)
         return 1
     checkpoint = folder / "checkpoint"
     shutil.copytree(run.checkpoint, checkpoint, dirs_exist_ok=True)

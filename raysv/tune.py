@@ -18,9 +18,9 @@ from pathlib import Path
 
 from raysv.config import parse_settings
 from raysv.corpus.loading import Corpus
-from raysv.search.mlflow_store import check, default_tracking_uri, experiment_id, runs_link
+from raysv.search.mlflow_store import check, default_tracking_uri, runs_link
 from raysv.search.space import Space, read_space
-from raysv.search.study import BEST_FILE, TRIALS_FILE, Study, find_study, load_space, open_study, read_study
+from raysv.search.study import BEST_FILE, TRIALS_FILE, Study, find_study, load_space, open_study, read_study, started
 from raysv.search.tuner import EXPERIMENT, check_data, run_study
 from raysv.search.wording import python, shown
 
@@ -58,23 +58,25 @@ def _tune(chosen: argparse.Namespace) -> int:
             )
         folder = find_study(chosen.results, chosen.resume or chosen.space.stem)
         space = load_space(folder)
-        if read_study(folder).unfinished == 0:
+        uri = started(folder)["tracking_uri"]
+        study = read_study(folder)
+        if study.unfinished == 0:
             print(f"Study {folder.name} is complete.")
-            return _conclude(read_study(folder), folder)
+            study.write(folder)
+            return _conclude(study, folder, uri)
     else:
         settings = parse_settings(chosen.set)
         if chosen.skip_bad_audio:
             settings["data.skip_bad_audio"] = True
         space = read_space(chosen.space, settings)
-    uri = default_tracking_uri(Path.cwd())
+        uri = default_tracking_uri(Path.cwd())
     check(uri)
-    print("Reading and checking the data ...", flush=True)
     corpus = check_data(space)
     if not resume:
-        folder = open_study(space, chosen.results, chosen.name)
+        folder = open_study(space, chosen.results, uri, chosen.name)
     _introduce(space, folder, uri, corpus)
     study = run_study(space, folder, corpus, uri, resume=resume)
-    return _conclude(study, folder)
+    return _conclude(study, folder, uri)
 
 
 def _introduce(space: Space, folder: Path, uri: str, corpus: Corpus) -> None:
@@ -86,7 +88,7 @@ def _introduce(space: Space, folder: Path, uri: str, corpus: Corpus) -> None:
     print(f"Results  {folder}\nMLflow   {uri}", flush=True)
 
 
-def _conclude(study: Study, folder: Path) -> int:
+def _conclude(study: Study, folder: Path, uri: str) -> int:
     """Print what was found and what to do next."""
     print(f"\n{study.table()}\n")
     if study.unfinished:
@@ -96,12 +98,11 @@ def _conclude(study: Study, folder: Path) -> int:
     if study.best is None:
         print(f"No trial ended well. The reasons are above and in {shown(folder / TRIALS_FILE)}", file=sys.stderr)
         return 1
-    uri = default_tracking_uri(Path.cwd())
     print(f"Best: {study.best.name}, EER {100 * study.best.eer:.2f} % on the dev pairs.\n\nNext:")
     print(f"  {python()} -m raysv.train {shown(folder / BEST_FILE)}    # train it alone and test it")
     if uri.startswith("sqlite"):
         print(f"  {python()} -m mlflow server --backend-store-uri {shlex.quote(uri)}    # then compare the trials at")
-    print(f"  {runs_link(uri, experiment_id(uri, EXPERIMENT), folder.name)}")
+    print(f"  {runs_link(uri, EXPERIMENT, folder.name)}")
     return 0
 
 

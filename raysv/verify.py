@@ -2,6 +2,7 @@
 
     python -m raysv.verify results/RUN/checkpoint a.wav b.wav
     python -m raysv.verify results/RUN/checkpoint pairs.txt --root /corpora/cnceleb --scores scores.txt
+    python -m raysv.verify results/RUN/checkpoint test_pairs.txt --root /corpora/cnceleb --enrolments enrolments.txt
     python -m raysv.verify results/RUN/checkpoint pairs.txt --root /corpora/cnceleb --cohort train.csv
 
 Two recordings give a score and a verdict at the threshold that was set on the dev pairs. A pair list (`1 enrol test`,
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         "inputs", nargs="+", type=Path, metavar="RECORDING|PAIRS", help="two recordings, or a pair list"
     )
     parser.add_argument("--root", type=Path, help="folder that a pair list's paths are relative to (default: its own)")
+    parser.add_argument("--utterances", nargs="+", default=[], help="lists that say where the pairs' recordings are")
+    parser.add_argument("--enrolments", nargs="+", default=[], help="lists of enrolments of several recordings")
     parser.add_argument("--cohort", type=Path, help="utterance list for AS-Norm, for example the training list")
     parser.add_argument("--top", type=int, default=300, help="cohort speakers that AS-Norm compares with")
     parser.add_argument("--scores", type=Path, help="where to write a pair list's scores (default: PAIRS.scores)")
@@ -74,7 +77,7 @@ def _verify_list(chosen: argparse.Namespace) -> None:
     encoder = load_encoder(chosen.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     pairs_file = chosen.inputs[0]
     root = (chosen.root or pairs_file.parent).expanduser().absolute()
-    pairs, listed = load_pairs(pairs_file, root, cache_folder(DataConfig()))
+    pairs, listed = load_pairs(pairs_file, root, cache_folder(DataConfig()), chosen.utterances, chosen.enrolments)
     cohort = _cohort(encoder, chosen.cohort, root) if chosen.cohort else None
     result = evaluate(encoder, pairs, cohort, chosen.top)
     target = chosen.scores or pairs_file.with_name(f"{pairs_file.name}.scores")

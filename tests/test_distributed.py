@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-from raysv.distributed import BatchNorm1d, average, gather, rank, shard, world_size, wrap
+from raysv.distributed import BatchNorm1d, gather, rank, shard, world_size, wrap
 
 WORKERS = (3, 2)
 TOTALS = range(8)
@@ -73,7 +73,6 @@ def everything():
         "rank": rank(),
         "world": world_size(),
         "shards": [list(range(total))[shard(total)] for total in TOTALS],
-        "average": average(rank() + 1.0),
         "labels": gather(torch.arange(5)[shard(5)]),
         "flags": gather((torch.arange(5) % 2 == 0)[shard(5)]),
         "gather": {name: gather_and_differentiate(rows(total, 4)) for name, total in BATCHES.items()},
@@ -122,7 +121,7 @@ def concatenated(workers, section, name, key):
 
 
 def test_a_lone_worker_has_everything(alone):
-    assert (alone["rank"], alone["world"], alone["average"]) == (0, 1, 1.0)
+    assert (alone["rank"], alone["world"]) == (0, 1)
     assert alone["shards"] == [list(range(total)) for total in TOTALS]
     values = rows(3, 2)
     assert gather(values) is values
@@ -145,10 +144,6 @@ def test_shards_cover_every_item_once_and_differ_by_one_at_most(workers):
         shares = [worker["shards"][total] for worker in workers]
         assert [item for share in shares for item in share] == list(range(total))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_an_average_is_that_of_all_workers(workers):
-    assert {worker["average"] for worker in workers} == {(len(workers) + 1) / 2}
 
 
 def test_integers_and_flags_are_gathered_too(workers):

@@ -68,17 +68,21 @@ class Corpus:
     dev: PairSet
     tests: dict[str, PairSet]
     clips: dict[str, WaveformStore]
+    left_out: dict[str, str]  # unusable recordings by path, and why; none unless data.skip_bad_audio
 
     def __str__(self) -> str:
         train = self.train
         counts = f"{len(train.speakers)} speakers and {len(train.labels)} utterances to learn from"
-        return f"{counts}, {len(self.dev.same_speaker)} dev pairs"
+        left_out = f"; {len(self.left_out)} unusable recordings left out" if self.left_out else ""
+        return f"{counts}, {len(self.dev.same_speaker)} dev pairs{left_out}"
 
     @cached_property
     def digest(self) -> str:
-        """Hash of training audio, labels, dev pairs and clips: runs with the same one learned from the same data."""
-        stores = {"train": self.train.store, "dev": self.dev.store, **self.clips}
-        digest = hashlib.sha256("".join(f"{name} {store.digest}\n" for name, store in stores.items()).encode())
+        """Hash of training speech, labels and dev pairs: runs with the same one learned from the same speech.
+
+        Clips are left out: which are read depends on the augmentation, and trials of one study differ in that.
+        """
+        digest = hashlib.sha256(f"{self.train.store.digest} {self.dev.store.digest}".encode())
         pairs = (self.dev.enrolment, self.dev.test, self.dev.same_speaker)
         for part in (self.train.recordings, self.train.labels, *pairs, *self.dev.models):
             digest.update(f"{len(part)} ".encode() + part.tobytes())
@@ -104,7 +108,8 @@ def load_corpus(
     """Read, check and decode what the configuration names.
 
     Args:
-        tests: whether to decode the test lists too; their speakers are checked against training either way.
+        tests: whether to decode the test lists too; that their recordings exist and their speakers are not in training
+            is checked either way.
         progress: called while recordings are decoded.
 
     Raises: ValueError when a list, a recording or a noise folder is not as it must be; all bad recordings at once.
@@ -114,16 +119,17 @@ def load_corpus(
         raise ValueError("data.test_pairs has a list named dev, which is the name of data.dev_pairs. Rename it.")
     root = _root(data)
     train = read_utterances(root / data.train, root)
-    known = {spoken.key: spoken for name in data.utterances for spoken in read_utterances(root / name, root)}
-    enrolments = {model: parts for name in data.enrolments for model, parts in read_enrolments(root / name).items()}
+    known, enrolments = _read_known(data.utterances, root), _read_models(data.enrolments, root)
     lists = {name: root / file for name, file in {"dev": data.dev_pairs, **data.test_pairs}.items()}
     pairs = {name: read_pairs(file) for name, file in lists.items()}
     paths = {name: _paths(root, listed, enrolments, known) for name, listed in pairs.items()}
     for name, file in lists.items():
-        _refuse_leak(file, paths[name], train, known)
+        _refuse_unknown(file, paths[name], known)
+        _refuse_leak(file, "the training list", paths[name], train, known)
+    chosen_on = [known[key] for key in paths["dev"] if key in known]
+    for name in data.test_pairs:
+        _refuse_leak(lists[name], "the dev pairs", paths[name], chosen_on, known)
     wanted = list(lists) if tests else ["dev"]
-    for name in wanted:
-        _refuse_unknown(lists[name], paths[name], known)
     kinds = augment.kinds if augment.strength > 0 else []
     clips = {kind: files for kind in kinds if (files := _clip_paths(data, kind, root))}
 
@@ -144,20 +150,29 @@ def load_corpus(
         dev=pair_sets.pop("dev"),
         tests=pair_sets,
         clips={kind: stores[f"{kind} clips"] for kind in clips},
+        left_out={path: why for store in stores.values() for path, why in store.problems.items()},
     )
 
 
-def load_pairs(pairs: Path, root: Path, cache: Path) -> tuple[PairSet, list[VerificationPair]]:
-    """A pair list of its own, its recordings named by their paths below `root`.
+def load_pairs(
+    pairs: Path, root: Path, cache: Path, utterances: Sequence[str] = (), enrolments: Sequence[str] = ()
+) -> tuple[PairSet, list[VerificationPair]]:
+    """A pair list of its own.
+
+    Args:
+        root: folder that recordings and lists are relative to.
+        utterances: manifests or Kaldi folders with the recordings that pairs name otherwise than by their path.
+        enrolments: lists of enrolments made of several recordings.
 
     Raises: ValueError when a recording is missing or cannot be used, OSError when the cache cannot be written.
     """
     listed = read_pairs(pairs)
-    paths = _paths(root, listed, {}, {})
-    _refuse_unknown(pairs, paths, {})
+    known, models = _read_known(utterances, root), _read_models(enrolments, root)
+    paths = _paths(root, listed, models, known)
+    _refuse_unknown(pairs, paths, known)
     store = open_store(list(paths.values()), cache)
     _refuse_bad_audio({"pairs": store}, "Mend them, or take their pairs out of the list.")
-    return _pair_set(store, pairs, listed, paths, {}), listed
+    return _pair_set(store, pairs, listed, paths, models), listed
 
 
 def _root(data: DataConfig) -> Path:
@@ -197,21 +212,44 @@ def _paths(
     return {key: known[key].path if key in known else root / key for key in keys}
 
 
-def _refuse_leak(file: Path, paths: dict[str, Path], train: Sequence[Utterance], known: dict[str, Utterance]) -> None:
-    trained_speakers = {spoken.speaker for spoken in train}
-    trained_keys, trained_paths = {spoken.key for spoken in train}, {spoken.path for spoken in train}
+def _read_known(lists: Sequence[str], root: Path) -> dict[str, Utterance]:
+    """The recordings of several lists by the names that pairs call them."""
+    known: dict[str, Utterance] = {}
+    for name in lists:
+        for spoken in read_utterances(root / name, root):
+            before = known.setdefault(spoken.key, spoken)
+            if (before.path, before.speaker) != (spoken.path, spoken.speaker):
+                raise ValueError(f"{root / name} gives {spoken.key} another recording or speaker than an earlier list.")
+    return known
+
+
+def _read_models(lists: Sequence[str], root: Path) -> Enrolments:
+    models: Enrolments = {}
+    for name in lists:
+        for model, parts in read_enrolments(root / name).items():
+            if models.setdefault(model, parts) != parts:
+                raise ValueError(f"{root / name} makes the enrolment {model} of others than an earlier list.")
+    return models
+
+
+def _refuse_leak(
+    file: Path, where: str, paths: dict[str, Path], seen: Sequence[Utterance], known: dict[str, Utterance]
+) -> None:
+    """Refuse pairs with recordings or speakers that were seen elsewhere, in training or in choosing a configuration."""
+    seen_speakers = {spoken.speaker for spoken in seen}
+    seen_keys, seen_paths = {spoken.key for spoken in seen}, {spoken.path for spoken in seen}
     leaks = set()
     for key, path in paths.items():
-        if key in trained_keys or path in trained_paths:
+        if key in seen_keys or path in seen_paths:
             leaks.add(key)
         elif key in known:
-            leaks |= {known[key].speaker} & trained_speakers
+            leaks |= {known[key].speaker} & seen_speakers
         else:  # no manifest says who speaks, but many corpora have a folder per speaker
-            leaks |= set(Path(key).parts[:-1]) & trained_speakers
+            leaks |= set(Path(key).parts[:-1]) & seen_speakers
     if leaks:
         shown = ", ".join(sorted(leaks)[:10])
         raise ValueError(
-            f"{file} and the training list share {len(leaks)} speakers or recordings: {shown}"
+            f"{file} and {where} share {len(leaks)} speakers or recordings: {shown}"
             f"{', ...' if len(leaks) > 10 else ''}. Error rates on them would mean nothing: take "
             "them out of one of the two."
         )
@@ -222,7 +260,8 @@ def _refuse_unknown(file: Path, paths: dict[str, Path], known: dict[str, Utteran
     if unknown:
         raise ValueError(
             f"{file} names {len(unknown)} recordings that no manifest lists and that are no files, first "
-            f"{unknown[0]!r} at {paths[unknown[0]]}. Mend the list, or add the manifest to data.utterances."
+            f"{unknown[0]!r} at {paths[unknown[0]]}. Mend the list, or name the one that knows them among the "
+            "utterances or enrolments."
         )
 
 

@@ -81,9 +81,8 @@ def fit(
     run = _Run(config, corpus, device)
     history = run.restore(resume) if resume else []
     if len(history) >= config.training.epochs:
-        report(
-            history[-1], resume if rank() == 0 else None
-        )  # it was complete; who asked again still wants to know how it ended
+        # it was complete; whoever asked again still wants to know how it ended
+        report(history[-1], resume if rank() == 0 else None)
         return
     batches = iter(
         loader(run.batches, len(history) + 1, config.training.epochs, _loader_workers(config, device), pin=run.on_gpu)
@@ -206,7 +205,8 @@ def margin_at(config: Config, epochs: float) -> float:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What autocast computes in: bfloat16 where asked for, or where `auto` meets a GPU that has it."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if fast else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 

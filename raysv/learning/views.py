@@ -68,9 +68,9 @@ class Batch:
 
 
 def make_views(batch: Batch) -> Tensor:
-    """The augmented views `(batch × views, samples)`, float in [-1, 1), on the batch's device; an utterance's together.
+    """The augmented views `(batch × views, samples)`, float, on the batch's device; an utterance's are together.
 
-    A view that nothing happens to keeps its samples bit for bit.
+    A view that nothing happens to keeps its samples bit for bit, in [-1, 1); noise may carry others beyond.
     """
     views = (batch.waveforms.float() / FULL_SCALE).repeat_interleave(batch.views, dim=0)
     if len(batch.room_rows):

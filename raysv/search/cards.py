@@ -18,7 +18,9 @@ class StudyCard:
         tracking_uri: absolute if it names a file.
         name: names the study's run, and makes it unique within the experiment.
         base: the full configuration tree; a trial's values replace some of its leaves.
-        searched: the dotted keys of these leaves.
+        resources: of every trial; they go into its `config.yaml` with its configuration.
+        space: the whole search space as YAML.
+        searched: the dotted keys of the leaves that are open.
         epochs: of a trial that is not stopped early.
         tags: of the study and of every trial: revision, data, versions.
         description: Markdown, what is searched.
@@ -28,6 +30,8 @@ class StudyCard:
     tracking_uri: str
     name: str
     base: dict[str, Any]
+    resources: dict[str, Any]
+    space: str
     searched: list[str]
     epochs: int
     tags: dict[str, str] = field(default_factory=dict)

@@ -115,16 +115,20 @@ def config_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
 
 
 def runs_link(uri: str, experiment: str, study: str) -> str:
-    """The page of MLflow with all trials of a study, best first.
+    """The page of MLflow with all trials of a study, best first; where MLflow does not answer, its front page.
 
     For SQLite it is where `mlflow server --backend-store-uri URI` serves it. MLflow 3 opens an experiment in its mode
     for language models and folds trials away below their study, unless the address says otherwise.
     """
     server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    try:
+        number = experiment_id(uri, experiment)
+    except Exception:  # a study that has ended well must not end in this
+        return server
     order = quote(f"metrics.`{METRIC}`", safe=".")
     trials = quote(f"tags.`{KIND}` = 'trial' AND tags.`{STUDY}` = '{study}'", safe=".'")
     return (
-        f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        f"{server}/#/experiments/{number}/runs?workflowType=machine_learning"
         f"&orderByKey={order}&orderByAsc=true&searchFilter={trials}"
     )
 

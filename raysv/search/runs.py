@@ -25,6 +25,7 @@ OUTCOME, ERROR, BEST, CHECKPOINT = "raysv.outcome", "raysv.error", "raysv.best",
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "error": "FAILED"}  # KILLED would show the same cross as FAILED
 NOT_UPLOADED = ("training_state.pt",)  # large, and only needed to go on training where the checkpoint lies
 MOST_PARAMS = 100  # that one call may log
+SPACE_FILE = "space.yaml"
 PARAM_DIGITS = 6  # the artifact `config.yaml` has every digit
 RANKED = 5  # trials in the study's description
 
@@ -69,6 +70,7 @@ class StudyRuns:
         self._parent: str = parent.info.run_id
         self._hours_before, self._since = parent.data.metrics.get("hours", 0.0), time.monotonic()
         self._client.update_run(self._parent, status="RUNNING")
+        self._client.log_text(self._parent, self._card.space, SPACE_FILE)
 
     def start(self, card: TrialCard) -> None:
         """The run of a trial that starts, or starts again: its configuration, and no outcome yet."""
@@ -78,7 +80,7 @@ class StudyRuns:
         params = [Param(key, show_value(values[key], PARAM_DIGITS)) for key in values if key not in known.params]
         for first in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(known.run_id, params=params[first : first + MOST_PARAMS])
-        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(tree | {"resources": self._card.resources}, sort_keys=False, allow_unicode=True)
         self._client.log_text(
             known.run_id, f"# {card.name} ({card.trial_id}) of {self._card.name}\n{text}", CONFIG_FILE
         )

@@ -104,9 +104,12 @@ class Range:
         )
 
     def nearest(self, value: Any) -> Any:
-        """The value of the range that is closest to a number; a choice's first where it has no equal."""
+        """The value of the range that is closest to one that may lie outside; a choice of words' first."""
         if self.kind == "choice":
-            return next((choice for choice in self.values if choice == value), self.values[0])
+            numbers = [choice for choice in self.values if isinstance(choice, (int, float))]
+            if len(numbers) == len(self.values):
+                return min(numbers, key=lambda choice: abs(choice - value))
+            return value if value in self.values else self.values[0]
         low, high = self.values
         return min(max(round(value) if self.kind == "int" else value, low), high)
 
@@ -207,7 +210,12 @@ def space_from_dict(tree: dict[str, Any], name: str) -> Space:
         raise ValueError(
             "training.epochs cannot be searched: trials of different lengths cannot be compared at the same epoch."
         )
-    space.corners()
+    for config in space.corners():
+        if config.batch.size < resources.workers:
+            raise ValueError(
+                f"A batch of {config.batch.size} utterances (batch.speakers × batch.utterances_per_speaker) cannot be "
+                f"shared by {resources.workers} workers: each needs one. Enlarge it or lower resources.workers."
+            )
     for key, span in ranges.items():
         if span.kind == "int":
             space.config({key: span.values[0] + 1})  # between the ends not every whole number need do
@@ -226,6 +234,8 @@ def _separate(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Range]]:
     for section, values in tree.items():
         closed[section] = values.copy() if isinstance(values, dict) else values
         for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, dict) and section != "data" and not value.keys() <= set(RANGES):
+                raise ValueError(f"{section}.{key} is opened with {', '.join(RANGES)}; got {value!r}.")
             if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in RANGES:
                 ranges[f"{section}.{key}"] = _range(f"{section}.{key}", *next(iter(value.items())))
                 del closed[section][key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +15,10 @@ from ray.tune.experiment import Trial
 from raysv.config import config_to_dict, read_yaml, write_yaml
 from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
 from raysv.search.space import Space, space_from_dict
-from raysv.search.wording import columns, short_names, show_value
+from raysv.search.wording import columns, short_names, show_value, shown
 
 SPACE_FILE = "space.yaml"
+STARTED_FILE = "started.yaml"  # how it was started, for whoever resumes it
 BEST_FILE = "best_config.yaml"
 TRIALS_FILE = "trials.csv"
 TUNE_FOLDER = "tune"  # Tune's own record of the study, below the study's folder
@@ -93,6 +93,16 @@ class Study:
         ]
         return columns([head, *rows])
 
+    def best_config(self) -> dict[str, Any]:
+        """The configuration tree of the best trial, with the resources it had.
+
+        Raises: ValueError when no trial has come to its end.
+        """
+        if self.best is None:
+            raise ValueError(f"Study {self.space.name} has no best configuration: no trial has come to its end.")
+        config = config_to_dict(self.space.config(self.best.values))
+        return config | {"resources": self.space.to_dict()["resources"]}
+
     def write(self, folder: Path) -> None:
         """Leave `trials.csv` and, once a trial was seen to its end, `best_config.yaml` in the study's folder."""
         keys = list(self.space.ranges)
@@ -110,11 +120,9 @@ class Study:
             header = (
                 f"The best of {len(self.trials)} trials of study {self.space.name}: trial {self.best.name} "
                 f"({self.best.trial_id}), EER {100 * self.best.eer:.2f} % on the dev pairs.\n"
-                f"Train it alone with: python -m raysv.train {folder.name}"
+                f"Train it alone with: python -m raysv.train {shown(folder / BEST_FILE)}"
             )
-            config = config_to_dict(self.space.config(self.best.values))
-            resources = {"resources": self.space.to_dict()["resources"]}
-            write_yaml(config | resources, folder / BEST_FILE, header)
+            write_yaml(self.best_config(), folder / BEST_FILE, header)
 
 
 def read_study(folder: Path) -> Study:
@@ -148,8 +156,8 @@ def _record(trial: Any, epochs: int) -> TrialRecord:
     )
 
 
-def open_study(space: Space, results: Path, name: str | None = None) -> Path:
-    """Make the folder of a new study and keep there what it searches.
+def open_study(space: Space, results: Path, tracking_uri: str, name: str | None = None) -> Path:
+    """Make the folder of a new study and keep there what it searches and where it is tracked.
 
     Args:
         name: of the study; the space's name and the time if not given.
@@ -160,13 +168,23 @@ def open_study(space: Space, results: Path, name: str | None = None) -> Path:
     if (folder / SPACE_FILE).exists():
         raise ValueError(f"There is a study {folder} already. Go on with it (--resume), or give another --name.")
     folder.mkdir(parents=True, exist_ok=True)
-    header = f"What study {folder.name} searches."
-    write_yaml(space.to_dict(), folder / SPACE_FILE, header)
+    write_yaml(space.to_dict(), folder / SPACE_FILE, f"What study {folder.name} searches.")
+    note_start(folder, space=space.name, tracking_uri=tracking_uri)
     return folder
 
 
+def note_start(folder: Path, **facts: Any) -> None:
+    """Keep facts about the start of a study for whoever resumes it."""
+    write_yaml((started(folder) if (folder / STARTED_FILE).exists() else {}) | facts, folder / STARTED_FILE)
+
+
+def started(folder: Path) -> dict[str, Any]:
+    """How a study was started: its `space`, its `tracking_uri` and, once it ran, its `concurrent_trials`."""
+    return read_yaml(folder / STARTED_FILE)
+
+
 def find_study(results: Path, name: str) -> Path:
-    """The folder of a study: given as such, by its name, or the newest of those named after a space.
+    """The folder of a study: given as such, by its name, or the newest one that searches the space of a name.
 
     Raises: ValueError when there is none, listing those there are.
     """
@@ -174,7 +192,7 @@ def find_study(results: Path, name: str) -> Path:
         if (folder / SPACE_FILE).is_file():
             return folder.absolute()
     studies = sorted(results.glob(f"*/{SPACE_FILE}"), key=lambda file: file.stat().st_mtime)
-    found = [file.parent for file in studies if re.fullmatch(rf"{re.escape(name)}-\d{{4}}-\d{{6}}", file.parent.name)]
+    found = [file.parent for file in studies if started(file.parent)["space"] == name]
     if not found:
         there = ", ".join(file.parent.name for file in studies) or "none"
         raise ValueError(f"No study {name} to be found. Studies in {results}: {there}.")

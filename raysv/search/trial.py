@@ -68,7 +68,7 @@ def run_trial(values: dict[str, Any], job: Job) -> None:
             name=ray.tune.get_context().get_trial_id(),
             storage_path=job.storage,
             callbacks=[TuneReportCallback()],
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            failure_config=ray.train.FailureConfig(max_failures=1),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=METRIC, checkpoint_score_order="min"
             ),  # the one with the lowest EER and, always, the latest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -22,7 +23,7 @@ from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC
 from raysv.search.space import Space
 from raysv.search.stopping import JournaledASHA
-from raysv.search.study import TUNE_FOLDER, Study, read_study
+from raysv.search.study import SPACE_FILE, TUNE_FOLDER, Study, note_start, read_study, started
 from raysv.search.tracking import MLflowTracking
 from raysv.search.trial import DRIVER_RESOURCES, Job, run_trial
 from raysv.speech.augmentation import recipe
@@ -43,12 +44,16 @@ def check_data(space: Space, tests: bool = False) -> Corpus:
     Raises: ValueError when data are not as they must be, or a batch cannot be formed.
     """
     loaded: dict[str, Corpus] = {}
+    print("Reading and checking the data ...", flush=True)
     for config in sorted(space.corners(), key=lambda corner: corner.augment.strength, reverse=True):
         key = repr((config.data, config.augment.kinds))
         if key not in loaded:
             loaded[key] = load_corpus(config.data, config.augment, tests=tests, progress=Decoding())
         ViewBatches(config, loaded[key])
-    return next(iter(loaded.values()))
+    corpus = next(iter(loaded.values()))
+    for path, why in corpus.left_out.items():
+        print(f"left out: {path}: {why}")
+    return corpus
 
 
 def run_study(
@@ -65,15 +70,14 @@ def run_study(
     Raises: ValueError when the cluster has no room for a trial.
     """
     os.environ.update(TUNE_SETTINGS)
+    resume = resume and bool(read_study(folder).trials)  # broken off before its first trial, it starts anew
     place = cluster.connect()
     try:
-        allotment = cluster.allot(
-            space.resources, min(space.search.trials, space.search.concurrent_trials or sys.maxsize)
-        )
+        allotment = _allot(space, folder, resume)
         print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
         job = Job(space, allotment.gpus_per_worker, str(folder / "trials"), tests)
         trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), DRIVER_RESOURCES)
-        if resume and read_study(folder).trials:
+        if resume:
             tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
         else:
             tuner = _tuner(trainable, space, folder, allotment, corpus, tracking_uri)
@@ -83,6 +87,22 @@ def run_study(
     study = read_study(folder)
     study.write(folder)
     return study
+
+
+def _allot(space: Space, folder: Path, resume: bool) -> cluster.Allotment:
+    """What trials get; a study keeps the number of trials at a time that it was started with."""
+    most = min(space.search.trials, space.search.concurrent_trials or sys.maxsize)
+    before = started(folder).get("concurrent_trials") if resume else None
+    allotment = cluster.allot(space.resources, before or most)
+    if before and allotment.concurrent_trials < before:
+        raise ValueError(
+            f"The study runs {before} trials at a time, but this cluster has room for {allotment.concurrent_trials}. "
+            "Resume it where there is room."
+        )
+    for remains in ("optuna.db", "asha.jsonl") if not resume else ():
+        (folder / remains).unlink(missing_ok=True)
+    note_start(folder, concurrent_trials=allotment.concurrent_trials)
+    return allotment
 
 
 def _tuner(
@@ -140,6 +160,8 @@ def _tracking(
             name=folder.name,
             experiment=EXPERIMENT,
             base=space.tree,
+            resources=dataclasses.asdict(space.resources),
+            space=(folder / SPACE_FILE).read_text(encoding="utf-8"),
             searched=list(space.ranges),
             epochs=space.epochs,
             tags=_provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)},
@@ -154,6 +176,7 @@ def _provenance(space: Space, corpus: Corpus) -> dict[str, str]:
     return {f"raysv.version.{name}": text for name, text in versions().items()} | {
         "raysv.git": git_revision(),
         "raysv.data_hash": corpus.digest,
+        "raysv.left_out": str(len(corpus.left_out)),
         "raysv.seed": str(space.tree["training"]["seed"]),
         "raysv.speakers": str(len(corpus.train.speakers)),
     }

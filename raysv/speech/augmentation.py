@@ -35,8 +35,8 @@ class Recipe:
     noise_snr_db: tuple[float, float]
     music_snr_db: tuple[float, float]
     babble_snr_db: tuple[float, float]
-    mask_frames: float  # the widest time mask of a view
-    mask_mels: float  # the widest mel mask
+    mask_frames: float  # the widest time mask of a view, to be rounded
+    mask_mels: float  # the widest mel mask, likewise
 
 
 # USUAL is the field's VoxCeleb recipe: two of three views disturbed, MUSAN's SNR ranges, SpecAugment 10 × 8
