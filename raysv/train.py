@@ -58,6 +58,8 @@ def _train(chosen: argparse.Namespace) -> int:
             raise ValueError("--resume goes on with a run as it was started; no other option fits.")
         folder = find_study(chosen.results, chosen.resume)
         space, uri = load_space(folder), started(folder)["tracking_uri"]
+        if space.ranges:
+            raise ValueError(f"{folder.name} is a search. Go on with it: raysv.tune --resume {shown(folder)}")
         check(uri)
         corpus = check_data(space, tests=True)
     else:

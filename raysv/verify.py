@@ -37,8 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         "inputs", nargs="+", type=Path, metavar="RECORDING|PAIRS", help="two recordings, or a pair list"
     )
     parser.add_argument("--root", type=Path, help="folder that a pair list's paths are relative to (default: its own)")
-    parser.add_argument("--utterances", nargs="+", default=[], help="lists that say where the pairs' recordings are")
-    parser.add_argument("--enrolments", nargs="+", default=[], help="lists of enrolments of several recordings")
+    parser.add_argument(
+        "--utterances", nargs="+", default=[], help="lists, below --root, that say where the pairs' recordings are"
+    )
+    parser.add_argument(
+        "--enrolments", nargs="+", default=[], help="lists, below --root, of enrolments of several recordings"
+    )
     parser.add_argument("--cohort", type=Path, help="utterance list for AS-Norm, for example the training list")
     parser.add_argument("--top", type=int, default=300, help="cohort speakers that AS-Norm compares with")
     parser.add_argument("--scores", type=Path, help="where to write a pair list's scores (default: PAIRS.scores)")

@@ -18,6 +18,7 @@ from raysv.search.results import METRIC, TIME
 from raysv.search.tracking import MLflowTracking
 
 EPOCHS = 3
+RESOURCES = {"workers": 2, "cpus_per_worker": 1}
 BASE = {"loss": {"margin": 0.2, "scale": 30.0}, "augment": {"kinds": ["noise", "reverb"]}, "training": {"seed": 0}}
 mlflow_warnings = pytest.mark.filterwarnings(  # MLflow 3.17 with SQLAlchemy 2.1
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
@@ -28,6 +29,8 @@ def new_driver(uri: str, **card: Any) -> MLflowTracking:
     """The callback as a driver has it that knows nothing of an earlier life."""
     options: dict[str, Any] = {
         "base": BASE,
+        "resources": RESOURCES,
+        "space": "loss: {margin: {uniform: [0.1, 0.5]}}\n",
         "searched": ["loss.margin"],
         "tags": {"raysv.revision": "abc123"},
         "description": "Which margin?",

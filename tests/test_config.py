@@ -112,6 +112,14 @@ def test_a_configuration_survives_the_way_through_a_file(tmp_path):
             {"batch": {"views": 1, "utterances_per_speaker": 1}},
             ["batch.views", "batch.utterances_per_speaker", "loss.contrast_weight to 0"],
         ),
+        (
+            {"optimizer": {"warmup_epochs": 2.5}, "training": {"epochs": 2}},
+            ["optimizer.warmup_epochs is 2.5, but training ends after 2 epochs."],
+        ),
+        (
+            {"loss": {"margin_warmup_epochs": 3}, "training": {"epochs": 2}},
+            ["loss.margin_warmup_epochs is 3, but training ends after 2 epochs."],
+        ),
     ],
 )
 def test_a_bad_value_is_named_in_one_sentence(tree, parts):
@@ -122,6 +130,11 @@ def test_a_bad_value_is_named_in_one_sentence(tree, parts):
 def test_without_the_contrast_one_view_of_one_utterance_will_do():
     tree = {"batch": {"views": 1, "utterances_per_speaker": 1}, "loss": {"contrast_weight": 0}}
     assert config_from_dict(tree).batch.views == 1
+
+
+def test_a_warm_up_may_last_as_long_as_the_training():
+    tree = {"optimizer": {"warmup_epochs": 2}, "loss": {"margin_warmup_epochs": 2}, "training": {"epochs": 2}}
+    assert config_from_dict(tree).training.epochs == 2
 
 
 def test_whole_numbers_pass_for_floats_and_the_other_way_round():

@@ -146,7 +146,9 @@ def test_the_printed_next_command_trains_the_best_config_and_its_encoder_verifie
     command = next(shlex.split(line, comments=True) for line in words.splitlines() if "raysv.train" in line)
     assert shutil.which(command[0], path=os.environ["PATH"]) or Path(command[0]).is_file()
     best = yaml.safe_load((folder / "best_config.yaml").read_text())
-    printed = desk.run(*command[1:], "--name", "alone", "--set", "resources.workers=2")
+    printed = desk.run(
+        *command[1:], "--name", "alone", "--set", "resources.workers=2", "--set", "resources.gpus_per_worker=0"
+    )
     checkpoint = desk.folder / "results" / "alone" / "checkpoint"
     written = yaml.safe_load((checkpoint / "checkpoint.yaml").read_text())
     assert written["config"] == {section: best[section] for section in written["config"]}
@@ -183,6 +185,36 @@ def test_trials_that_diverge_end_as_errors_with_the_reason(desk: Desk) -> None:
     assert "Lower optimizer.learning_rate" in words
     rows = trials_of(desk.folder / "results" / "diverged")
     assert [row["outcome"] for row in rows] == ["error", "error"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("RAYSV_DATA"), reason="RAYSV_DATA does not name the pack of real speech")
+def test_two_workers_learn_from_real_speech(desk: Desk) -> None:
+    small = ["model.channels=16", "training.epochs=2", "search.trials=1", "resources.gpus_per_worker=0"]
+    options = [part for setting in small for part in ("--set", setting)]
+    words = desk.run("tune.py", str(SOURCE / "search_spaces" / "speechocean.yaml"), "--name", "speech", *options)
+    assert "97 speakers and 970 utterances to learn from, 5400 dev pairs" in words
+    assert "2 workers a trial" in words
+    (trial,) = trials_of(desk.folder / "results" / "speech")
+    assert trial["outcome"] == "complete"
+    assert float(trial["dev_eer"]) < 0.25
+
+
+@pytest.mark.slow
+def test_a_run_that_was_broken_off_is_resumed(desk: Desk) -> None:
+    driver = desk.open(
+        "train.py", "space.yaml", "--name", "run", "--set", "loss.margin=0.2", "--set", "loss.temperature=0.1"
+    )
+    printed_until(driver, f"epoch 1/{EPOCHS}")
+    driver.send_signal(signal.SIGINT)
+    words, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130
+    command = next(shlex.split(line) for line in words.splitlines() if "--resume" in line)
+    printed = desk.run("train.py", *command[3:])
+    assert f"epoch {EPOCHS}/{EPOCHS}" in printed
+    assert "epoch 1/" not in printed
+    assert "test   EER" in printed
+    assert (desk.folder / "results" / "run" / "checkpoint" / "encoder.pt").is_file()
 
 
 @pytest.mark.slow

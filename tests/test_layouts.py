@@ -318,4 +318,23 @@ def test_the_door_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, 
     monkeypatch.chdir(tmp_path)
     assert prepare.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("prepare: ") and error.count("\n") == 1
+    assert error.startswith("raysv.prepare: ") and error.count("\n") == 1
+
+
+def test_the_door_writes_over_lists_only_when_told_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(touch(tmp_path, *(f"corpus/s{speaker}/{take}.wav" for speaker in range(6) for take in (1, 2))))
+    door = ["folder", "corpus", "--output", "lists", "--dev-speakers", "2"]
+    assert prepare.main(door) == 0
+    before = (tmp_path / "lists/train.csv").read_text()
+    assert prepare.main([*door, "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "lists has lists already" in error and "--overwrite" in error
+    assert (tmp_path / "lists/train.csv").read_text() == before
+    assert prepare.main([*door, "--seed", "1", "--overwrite"]) == 0
+    assert (tmp_path / "lists/train.csv").read_text() != before
+
+
+def test_the_door_calls_itself_as_it_is_called(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        prepare.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: raysv.prepare ")

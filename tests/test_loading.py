@@ -103,8 +103,31 @@ def test_a_training_speaker_among_the_pairs_is_refused_by_manifest(tiny_corpus):
 
 def test_a_training_speaker_among_the_pairs_is_refused_by_the_name_of_a_folder(tiny_corpus):
     speaker = rows(tiny_corpus / "train.csv")[0]["speaker"]
+    write_audio(tiny_corpus / speaker / "session" / "new.wav", np.linspace(-0.5, 0.5, 2000))
     append(tiny_corpus / "dev_pairs.txt", f"0 {speaker}/session/new.wav {dev(tiny_corpus)[0]}")
     assert f"share 1 speakers or recordings: {speaker}." in refused(tiny_corpus)
+
+
+def test_a_dev_recording_among_the_test_pairs_is_refused(tiny_corpus):
+    listened, tested = dev(tiny_corpus)[0], rows(tiny_corpus / "test.csv")[0]["path"]
+    append(tiny_corpus / "test_pairs.txt", f"0 {listened} {tested}")
+    for manifests in (["dev.csv", "test.csv"], []):
+        message = refused(tiny_corpus, utterances=manifests)
+        assert f"test_pairs.txt and the dev pairs share 1 speakers or recordings: {listened}." in message
+
+
+def test_a_dev_speaker_among_the_test_pairs_is_refused(tiny_corpus):
+    tested = rows(tiny_corpus / "test.csv")[0]["path"]
+    write_audio(tiny_corpus / "elsewhere.wav", np.linspace(-0.5, 0.5, 2000))
+    append(tiny_corpus / "test.csv", "dev-0,elsewhere.wav")
+    append(tiny_corpus / "test_pairs.txt", f"0 elsewhere.wav {tested}")
+    assert "test_pairs.txt and the dev pairs share 1 speakers or recordings: dev-0." in refused(tiny_corpus)
+
+
+def test_test_lists_may_share_speakers_and_recordings_among_themselves(tiny_corpus):
+    shutil.copy(tiny_corpus / "test_pairs.txt", tiny_corpus / "again.txt")
+    tests = load(tiny_corpus, tests=True, test_pairs={"test": "test_pairs.txt", "again": "again.txt"}).tests
+    np.testing.assert_array_equal(tests["again"].same_speaker, tests["test"].same_speaker)
 
 
 def test_a_training_recording_is_recognised_under_another_name(tiny_corpus):
@@ -131,7 +154,35 @@ def test_a_pair_of_a_recording_that_is_nowhere_is_named(tiny_corpus):
     message = refused(tiny_corpus)
     assert "dev_pairs.txt names 1 recordings that no manifest lists" in message
     assert "'nobody/1.wav'" in message
-    assert "data.utterances" in message
+    assert "utterances or enrolments" in message
+
+
+def test_test_lists_are_checked_even_where_they_are_not_decoded(tiny_corpus):
+    append(tiny_corpus / "test_pairs.txt", f"1 nobody/1.wav {rows(tiny_corpus / 'test.csv')[0]['path']}")
+    assert "test_pairs.txt names 1 recordings that no manifest lists" in refused(tiny_corpus)
+
+
+def test_one_name_for_two_recordings_or_speakers_is_refused_across_manifests(tiny_corpus):
+    key, ids = dev(tiny_corpus)[0], kaldi(tiny_corpus, "dev")
+    text(tiny_corpus / "same.csv", "speaker,path", f"dev-0,{key}")
+    assert load(tiny_corpus, utterances=["dev.csv", "same.csv", "test.csv"]).dev
+    text(tiny_corpus / "other.csv", "speaker,path", f"dev-1,{key}")
+    message = refused(tiny_corpus, utterances=["dev.csv", "other.csv"])
+    assert f"other.csv gives {key} another recording or speaker than an earlier list" in message
+    text(tiny_corpus / "moved" / "utt2spk", f"{ids[0]} dev-0")
+    text(tiny_corpus / "moved" / "wav.scp", f"{ids[0]} {dev(tiny_corpus)[1]}")
+    assert f"moved gives {ids[0]} another recording" in refused(tiny_corpus, utterances=["kaldi", "moved"])
+
+
+def test_one_name_for_two_enrolments_is_refused(tiny_corpus):
+    first, second, third, *_, other = dev(tiny_corpus)
+    append(tiny_corpus / "dev_pairs.txt", f"1 model {third}", f"0 model {other}")
+    text(tiny_corpus / "one.txt", f"model {first} {second}")
+    shutil.copy(tiny_corpus / "one.txt", tiny_corpus / "same.txt")
+    assert load(tiny_corpus, enrolments=["one.txt", "same.txt"]).dev
+    text(tiny_corpus / "two.txt", f"model {first}")
+    message = refused(tiny_corpus, enrolments=["one.txt", "two.txt"])
+    assert "two.txt makes the enrolment model of others than an earlier list" in message
 
 
 def test_all_bad_recordings_are_named_at_once(tiny_corpus):
@@ -156,8 +207,15 @@ def test_bad_recordings_can_be_left_out_with_their_pairs_and_speakers(tiny_corpu
     silence(tiny_corpus, *(row["path"] for row in listed if row["speaker"] == gone), listed[-1]["path"])
     bad = dev(tiny_corpus)[0]
     (tiny_corpus / bad).unlink()
+    noise = rows(tiny_corpus / "noise.csv")[0]["path"]
+    silence(tiny_corpus, noise)
     corpus = load(tiny_corpus, AugmentConfig(kinds=["noise", "reverb"]), skip_bad_audio=True)
 
+    silent = [row["path"] for row in listed if row["speaker"] == gone] + [listed[-1]["path"], noise]
+    assert corpus.left_out == dict.fromkeys(
+        (str(tiny_corpus / path) for path in silent), "it is silent from beginning to end"
+    ) | {str(tiny_corpus / bad): "there is no such file"}
+    assert str(corpus).endswith(f"; {len(silent) + 1} unusable recordings left out")
     kept = [row for row in listed[:-1] if row["speaker"] != gone]
     assert corpus.train.speakers == sorted({row["speaker"] for row in kept})
     assert [corpus.train.speakers[label] for label in corpus.train.labels] == [row["speaker"] for row in kept]
@@ -280,14 +338,19 @@ def test_an_enrolment_may_be_made_of_several_recordings(tiny_corpus):
     assert pairs.enrolment.tolist() == [0, 0]
 
 
-def test_the_digest_changes_with_all_that_is_learned_from(tiny_corpus):
-    augment = AugmentConfig(kinds=["noise"])
+def test_a_corpus_tells_what_it_holds(tiny_corpus):
+    corpus = load(tiny_corpus)
+    assert corpus.left_out == {}
+    assert str(corpus) == "7 speakers and 56 utterances to learn from, 190 dev pairs"
+
+
+def test_the_digest_changes_with_all_the_speech_that_is_learned_from(tiny_corpus):
     first, second, third, *_, other = dev(tiny_corpus)
     text(tiny_corpus / "enrolments.txt", f"model {first} {second}")
     append(tiny_corpus / "dev_pairs.txt", f"1 model {third}")
 
     def digest():
-        return load(tiny_corpus, augment, enrolments=["enrolments.txt"]).digest
+        return load(tiny_corpus, enrolments=["enrolments.txt"]).digest
 
     digests = [digest()]
     assert digest() == digests[0]
@@ -297,14 +360,19 @@ def test_the_digest_changes_with_all_that_is_learned_from(tiny_corpus):
     digests.append(digest())
     write_audio(tiny_corpus / first, np.linspace(-0.5, 0.5, 3000))
     digests.append(digest())
-    write_audio(tiny_corpus / rows(tiny_corpus / "noise.csv")[0]["path"], np.linspace(-0.5, 0.5, 3000))
-    digests.append(digest())
     write_audio(tiny_corpus / rows(tiny_corpus / "train.csv")[0]["path"], np.linspace(-0.5, 0.5, 3000))
     digests.append(digest())
     trained = (tiny_corpus / "train.csv").read_text(encoding="utf-8").splitlines()
     text(tiny_corpus / "train.csv", *trained[:-1], f"new-{trained[-1]}")
     digests.append(digest())
     assert len(set(digests)) == len(digests)
+
+
+def test_the_digest_does_not_depend_on_what_the_speech_is_disturbed_with(tiny_corpus):
+    quiet = load(tiny_corpus).digest
+    assert load(tiny_corpus, AugmentConfig(kinds=["noise", "reverb"])).digest == quiet
+    write_audio(tiny_corpus / rows(tiny_corpus / "noise.csv")[0]["path"], np.linspace(-0.5, 0.5, 3000))
+    assert load(tiny_corpus, AugmentConfig(kinds=["noise"])).digest == quiet
 
 
 def test_the_digest_does_not_depend_on_where_the_corpus_lies(tiny_corpus, tmp_path):
@@ -362,6 +430,19 @@ def test_a_pair_list_of_its_own_needs_no_manifest(tiny_corpus, tmp_path):
     assert listed == read_pairs(file)
     assert pairs.same_speaker.tolist() == [pair.same_speaker for pair in listed]
     assert len(pairs.store) == len(read_utterances(tiny_corpus / "dev.csv", tiny_corpus))
+
+
+def test_a_pair_list_of_its_own_may_name_utterances_and_enrolments(tiny_corpus, tmp_path):
+    ids = kaldi(tiny_corpus, "dev")
+    text(tiny_corpus / "enrolments.txt", f"model {ids[0]} {ids[1]}")
+    file = text(tmp_path / "trials", f"model {ids[2]} target", f"model {ids[-1]} nontarget")
+    pairs, listed = load_pairs(file, tiny_corpus, tmp_path / "cache", ["kaldi"], ["enrolments.txt"])
+    assert [(pair.enrolment, pair.test) for pair in listed] == [("model", ids[2]), ("model", ids[-1])]
+    assert [model.tolist() for model in pairs.models] == [[0, 1]]
+    np.testing.assert_array_equal(pairs.store[pairs.models[0][1]], read_audio(tiny_corpus / dev(tiny_corpus)[1]))
+    np.testing.assert_array_equal(pairs.store[pairs.test[1]], read_audio(tiny_corpus / dev(tiny_corpus)[-1]))
+    with pytest.raises(ValueError, match="names 4 recordings that no manifest lists"):
+        load_pairs(file, tiny_corpus, tmp_path / "cache", enrolments=["enrolments.txt"])
 
 
 def test_a_pair_list_of_its_own_names_what_is_missing_or_bad(tiny_corpus, tmp_path):

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_fixtures import BASE, mlflow_warnings, new_driver, runs, tell, trial
+from mlflow_fixtures import BASE, RESOURCES, mlflow_warnings, new_driver, runs, tell, trial
 
 from raysv.search import mlflow_store
 
@@ -13,7 +13,7 @@ pytestmark = mlflow_warnings
 def test_the_configuration_of_a_run_comes_back_with_every_digit(tracking_uri: str) -> None:
     tell(new_driver(tracking_uri), "on_trial_start", trial(**{"loss.margin": 0.123456789}))
     tree = mlflow_store.config_of_run(runs(tracking_uri)[0].info.run_id, tracking_uri)
-    assert tree == BASE | {"loss": {"margin": 0.123456789, "scale": 30.0}}
+    assert tree == BASE | {"loss": {"margin": 0.123456789, "scale": 30.0}, "resources": RESOURCES}
 
 
 def test_an_unknown_run_is_an_error_that_names_it(tracking_uri: str) -> None:
@@ -45,18 +45,29 @@ def test_a_deleted_experiment_is_an_error_that_says_how_to_restore_it(tracking_u
         mlflow_store.experiment_id(tracking_uri, "raysv")
 
 
-def test_the_link_opens_the_trials_best_first() -> None:
-    link = mlflow_store.runs_link("http://host:5000/", "7", "mine")
+def test_the_link_opens_the_trials_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_store, "experiment_id", lambda uri, name: {"raysv": "7"}[name])
+    link = mlflow_store.runs_link("http://host:5000/", "raysv", "mine")
     assert link.startswith("http://host:5000/#/experiments/7/runs?workflowType=machine_learning&orderByKey=metrics.%60")
     assert link.endswith(
         "searchFilter=tags.%60raysv.kind%60%20%3D%20'trial'%20AND%20tags.%60raysv.study%60%20%3D%20'mine'"
     )
 
 
-def test_the_link_for_a_file_is_where_a_server_beside_it_listens() -> None:
-    assert mlflow_store.runs_link("sqlite:////results/mlflow.db", "1", "mine").startswith(
-        "http://127.0.0.1:5000/#/experiments"
+def test_the_link_for_a_file_is_where_a_server_beside_it_listens(tracking_uri: str) -> None:
+    number = mlflow_store.experiment_id(tracking_uri, "raysv")
+    assert mlflow_store.runs_link(tracking_uri, "raysv", "mine").startswith(
+        f"http://127.0.0.1:5000/#/experiments/{number}/runs?"
     )
+
+
+def test_the_link_is_the_front_page_where_mlflow_cannot_be_asked(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert mlflow_store.runs_link("http://127.0.0.1:9/", "raysv", "mine") == "http://127.0.0.1:9"
+    MlflowClient(tracking_uri).delete_experiment(mlflow_store.experiment_id(tracking_uri, "raysv"))
+    assert mlflow_store.runs_link(tracking_uri, "raysv", "mine") == "http://127.0.0.1:5000"
 
 
 def test_runs_are_found_by_all_their_tags_on_any_number_of_pages(tracking_uri: str) -> None:

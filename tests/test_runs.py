@@ -5,7 +5,19 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_fixtures import curve, mlflow_warnings, new_driver, report, run_trial, runs, tell, trial, write_checkpoint
+from mlflow_fixtures import (
+    BASE,
+    RESOURCES,
+    curve,
+    mlflow_warnings,
+    new_driver,
+    report,
+    run_trial,
+    runs,
+    tell,
+    trial,
+    write_checkpoint,
+)
 
 from raysv.config import read_yaml
 from raysv.search.results import METRIC
@@ -24,6 +36,16 @@ def test_parameters_are_the_whole_configuration_with_the_values_of_the_trial(tra
         "training.seed": "0",
         "optimizer.name": "sgd",
     }
+
+
+def test_what_was_searched_and_with_which_resources_is_kept_beside_the_parameters(tracking_uri: str) -> None:
+    space = "# What study mine searches.\nloss: {margin: {uniform: [0.0, 0.5]}}\n"
+    tell(new_driver(tracking_uri, space=space), "on_trial_start", trial(**{"loss.margin": 0.25}))
+    (study,), (run,) = runs(tracking_uri, "study"), runs(tracking_uri)
+    assert Path(study.info.artifact_uri, "space.yaml").read_text() == space
+    tree = read_yaml(Path(run.info.artifact_uri, "config.yaml"))
+    assert tree == BASE | {"loss": {"margin": 0.25, "scale": 30.0}, "resources": RESOURCES}
+    assert not any(key.startswith("resources") for key in run.data.params)
 
 
 def test_more_parameters_than_one_call_may_log_are_all_there(tracking_uri: str) -> None:

@@ -129,6 +129,34 @@ def test_whole_numbers_stay_whole():
     assert repr(Range("int", (16, 64)).nearest(30.0)) == "30"
 
 
+@pytest.mark.parametrize(
+    ("values", "value", "nearest"),
+    [
+        ((16, 64), 30.0, 16),
+        ((64, 16, 32), 30.0, 32),
+        ((0.1, 0.3), 5, 0.3),
+        ((30.0, 32.0), 32, 32.0),
+        ((20, 40), 30, 20),  # the first of two that are as near
+        (("sgd", "adamw"), "adamw", "adamw"),
+        (("first",), "all", "first"),
+        ((4, 8), None, 4),
+        ((True, False), False, False),
+    ],
+)
+def test_a_published_value_is_tried_at_the_choice_nearest_to_it(values, value, nearest):
+    assert repr(Range("choice", values).nearest(value)) == repr(nearest)
+
+
+def test_a_choice_of_numbers_is_open_to_a_key_that_is_not_set_by_default():
+    space = space_from_dict({"data": {"loader_workers": {"choice": [0, 4]}}}, "")
+    assert space.first_points() == [{"data.loader_workers": 0}]
+
+
+def test_a_batch_may_give_each_worker_a_single_utterance():
+    tree = {"batch": {"speakers": 2, "utterances_per_speaker": 2}, "resources": {"workers": 4}}
+    assert space_from_dict(tree, "").resources.workers == 4
+
+
 def test_a_space_survives_the_way_through_its_dict_and_a_file(tmp_path):
     space = read_space(written(tmp_path, OPEN))
     assert space_from_dict(space.to_dict(), "small") == space
@@ -180,7 +208,10 @@ def test_folders_are_settled_where_the_study_is_started(tmp_path, monkeypatch):
         ({"loss": {"uniform": [0, 1]}}, ["Unknown key loss.uniform.", "margin, scale"]),
         ({"loss": {"marign": {"uniform": [0, 1]}}}, ["Unknown key loss.marign.", "Did you mean margin?", "scale"]),
         ({"loss": {"marign": 0.1}}, ["Unknown key loss.marign.", "Did you mean margin?"]),
-        ({"loss": {"margin": {"unifrom": [0, 1]}}}, ["loss.margin must be a number, got {'unifrom'"]),
+        (
+            {"loss": {"margin": {"unifrom": [0, 1]}}},
+            ["loss.margin is opened with uniform, loguniform, int, choice; got {'unifrom'"],
+        ),
         ({"loss": {"margin": {"uniform": [0, 90]}}}, ["loss.margin must lie in [0, 1.57], got 90.0.", "radians"]),
         ({"loss": {"margin": {"uniform": [-0.1, 1]}}}, ["loss.margin must lie in [0, 1.57], got -0.1."]),
         ({"loss": {"margin": {"uniform": [0.5, 0.1]}}}, ["loss.margin: uniform takes a lower and a higher end"]),
@@ -216,6 +247,18 @@ def test_folders_are_settled_where_the_study_is_started(tmp_path, monkeypatch):
         (
             {"batch": {"views": 1, "utterances_per_speaker": 1}, "loss": {"contrast_weight": {"uniform": [0, 1]}}},
             ["The contrastive term needs two views"],
+        ),
+        (
+            {
+                "batch": {"speakers": {"int": [3, 8]}, "utterances_per_speaker": 1},
+                "loss": {"contrast_weight": 0},
+                "resources": {"workers": 4},
+            },
+            ["A batch of 3 utterances", "batch.speakers", "cannot be shared by 4 workers", "resources.workers"],
+        ),
+        (
+            {"loss": {"margin_warmup_epochs": {"int": [1, 3]}}, "training": {"epochs": 2}},
+            ["loss.margin_warmup_epochs is 3, but training ends after 2 epochs."],
         ),
     ],
 )

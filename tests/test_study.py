@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import os
 import signal
 from functools import partial
@@ -22,12 +23,15 @@ from raysv.search.study import (
     TrialRecord,
     find_study,
     load_space,
+    note_start,
     open_study,
     read_study,
+    started,
 )
 from raysv.search.tuner import TUNE_SETTINGS
 
 EPOCHS = 3
+URI = "sqlite:////somewhere/mlflow.db"
 TREE = {
     "loss": {"margin": {"uniform": [0.0, 0.5]}, "scale": {"choice": [30.0, 32.0]}},
     "training": {"epochs": EPOCHS},
@@ -108,10 +112,15 @@ def test_what_is_written_has_every_trial_and_every_digit(space: Space, tmp_path:
     }
 
 
-def test_the_best_config_is_a_space_of_one_point_with_the_resources_of_the_study(space: Space, tmp_path: Path) -> None:
+def test_the_best_config_is_a_space_of_one_point_with_the_resources_of_the_study(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     Study(space, TRIALS).write(tmp_path)
     written = (tmp_path / BEST_FILE).read_text()
     assert written.startswith("# The best of 6 trials of study small: trial t2 (id-t2), EER 20.00 % on the dev pairs.")
+    assert f"# Train it alone with: python -m raysv.train {BEST_FILE}\n" in written
+    assert read_yaml(tmp_path / BEST_FILE) == Study(space, TRIALS).best_config()
     best = space_from_dict(read_yaml(tmp_path / BEST_FILE), "best")
     assert best.ranges == {}
     assert best.config({}) == space.config(TRIALS[2].values)
@@ -121,44 +130,56 @@ def test_the_best_config_is_a_space_of_one_point_with_the_resources_of_the_study
 def test_without_a_complete_trial_there_is_no_best_config(space: Space, tmp_path: Path) -> None:
     Study(space, [TRIALS[1], TRIALS[3]]).write(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [TRIALS_FILE]
+    with pytest.raises(ValueError, match="Study small has no best configuration: no trial has come to its end"):
+        Study(space, [TRIALS[1], TRIALS[3]]).best_config()
 
 
 def test_a_study_that_is_opened_keeps_what_it_searches(space: Space, tmp_path: Path) -> None:
-    folder = open_study(space, tmp_path / "results", "mine")
+    folder = open_study(space, tmp_path / "results", URI, "mine")
     assert folder == tmp_path / "results" / "mine"
     kept = load_space(folder)
     assert kept.to_dict() == space.to_dict()
     assert kept.name == "mine"
+    assert started(folder) == {"space": "small", "tracking_uri": URI}
+
+
+def test_facts_about_a_start_are_added_to_those_before(space: Space, tmp_path: Path) -> None:
+    folder = open_study(space, tmp_path, URI, "mine")
+    note_start(folder, concurrent_trials=3)
+    note_start(folder, concurrent_trials=2)
+    assert started(folder) == {"space": "small", "tracking_uri": URI, "concurrent_trials": 2}
 
 
 def test_a_study_without_a_name_is_named_after_its_space_and_the_time(space: Space, tmp_path: Path) -> None:
-    assert open_study(space, tmp_path).name.startswith("small-")
+    assert open_study(space, tmp_path, URI).name.startswith("small-")
 
 
 def test_no_study_is_written_over(space: Space, tmp_path: Path) -> None:
-    open_study(space, tmp_path, "mine")
+    folder = open_study(space, tmp_path, URI, "mine")
     with pytest.raises(ValueError, match=r"There is a study .*mine already"):
-        open_study(space, tmp_path, "mine")
+        open_study(space, tmp_path, "http://elsewhere", "mine")
+    assert started(folder)["tracking_uri"] == URI
 
 
 def test_a_study_is_found_by_folder_by_name_and_by_the_name_of_its_space(
     space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older, newer = (open_study(space, tmp_path / "results", f"small-1122-{time}") for time in ("190000", "180000"))
-    for name in ("other", "small-other-1122-200000", "small2-1122-200000"):
-        open_study(space, tmp_path / "results", name)
-    for age, folder in enumerate((newer, older)):
+    older, newer = (open_study(space, tmp_path / "results", URI, name) for name in ("small-1122-190000", "mine"))
+    other = dataclasses.replace(space, name="other")
+    of_another_space = open_study(other, tmp_path / "results", URI, "small-1122-200000")
+    for age, folder in enumerate((of_another_space, newer, older)):
         os.utime(folder / SPACE_FILE, (1e9 - age, 1e9 - age))
     monkeypatch.chdir(tmp_path)
     assert find_study(Path("results"), "results/small-1122-190000") == older
     assert find_study(Path("results"), "small-1122-190000") == older
     assert find_study(Path("results"), "small") == newer
+    assert find_study(Path("results"), "other") == of_another_space
 
 
 def test_a_study_that_is_not_there_is_an_error_that_lists_the_others(space: Space, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"No study mine to be found. Studies in .*: none\."):
         find_study(tmp_path, "mine")
-    open_study(space, tmp_path, "yours")
+    open_study(space, tmp_path, URI, "yours")
     with pytest.raises(ValueError, match=r"Studies in .*: yours\."):
         find_study(tmp_path, "mine")
 
@@ -169,7 +190,7 @@ def test_a_folder_that_is_no_study_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_study_that_was_broken_off_at_once_has_no_trials(space: Space, tmp_path: Path) -> None:
-    folder = open_study(space, tmp_path, "mine")
+    folder = open_study(space, tmp_path, URI, "mine")
     assert read_study(folder).trials == []
     (folder / TUNE_FOLDER).mkdir()  # Tune makes it before it has anything to note
     assert read_study(folder).trials == []
@@ -197,7 +218,7 @@ def test_a_study_that_was_broken_off_tells_how_each_trial_ended(
 
     for name, value in TUNE_SETTINGS.items():
         monkeypatch.setenv(name, value)
-    folder = open_study(space, tmp_path, "mine")
+    folder = open_study(space, tmp_path, URI, "mine")
     proposals = OptunaProposals(
         {key: span.distribution() for key, span in space.ranges.items()},
         epochs=EPOCHS,

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow_fixtures import (
     BASE,
     EPOCHS,
+    RESOURCES,
     curve,
     mlflow_warnings,
     new_driver,
@@ -177,7 +178,11 @@ def test_tune_optuna_and_mlflow_tell_the_same_story(tracking_uri: str, tmp_path:
         run_config=ray.tune.RunConfig(
             name="study",
             storage_path=str(tmp_path / "tune"),
-            callbacks=[MLflowTracking(StudyCard(tracking_uri, "study", BASE, searched=["loss.margin"], epochs=EPOCHS))],
+            callbacks=[
+                MLflowTracking(
+                    StudyCard(tracking_uri, "study", BASE, RESOURCES, "", searched=["loss.margin"], epochs=EPOCHS)
+                )
+            ],
             verbose=0,
         ),
     )

@@ -71,7 +71,7 @@ def test_a_warm_up_as_long_as_the_training_ends_at_its_highest(tmp_path):
 
 
 def test_the_margin_grows_straight_up_to_its_value(tmp_path):
-    config = tiny_config(tmp_path, loss__margin=0.3, loss__margin_warmup_epochs=4.0)
+    config = tiny_config(tmp_path, loss__margin=0.3, loss__margin_warmup_epochs=4.0, training__epochs=9)
     assert [margin_at(config, epochs) for epochs in (0, 1, 2, 4, 9)] == pytest.approx([0, 0.075, 0.15, 0.3, 0.3])
     assert margin_at(tiny_config(tmp_path, loss__margin=0.3), 0) == 0.3
 
@@ -111,7 +111,7 @@ def test_every_metric_is_a_plain_number(undisturbed):
 
 
 def test_schedules_are_reported_as_the_last_step_saw_them(root):
-    config = tiny_config(root, loss__margin_warmup_epochs=2.0, training__epochs=1)
+    config = tiny_config(root, loss__margin_warmup_epochs=1.0, training__epochs=1)
     (metrics,) = trained(config)
     assert metrics["schedule/margin"] == margin_at(config, 6.5 / 7)
     assert metrics["schedule/learning_rate"] == learning_rate_at(config, 6.5 / 7)

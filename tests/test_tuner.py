@@ -1,9 +1,21 @@
+import functools
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import ray.tune
+from learning_fixtures import write_audio
 
-from raysv.search import tuner
+from raysv.search import cluster, tuner
+from raysv.search.cluster import Allotment
+from raysv.search.space import ResourcesConfig, Space, space_from_dict
+from raysv.search.study import Study, open_study, started
+
+TREE = {"loss": {"margin": {"uniform": [0.0, 0.5]}}, "search": {"trials": 6}}
+SEARCH_RECORDS = ("optuna.db", "asha.jsonl")
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -42,3 +54,83 @@ def test_the_revision_of_a_checkout_that_only_holds_the_environment_is_not_told(
     installed.write_text("")
     monkeypatch.setattr(tuner, "__file__", str(installed))
     assert tuner.git_revision() == "unknown"
+
+
+@pytest.fixture
+def space() -> Space:
+    return space_from_dict(TREE, "small")
+
+
+@pytest.fixture
+def folder(space: Space, tmp_path: Path) -> Path:
+    """A study that an earlier driver left with the records of its search."""
+    folder = open_study(space, tmp_path, "sqlite:///mlflow.db", "mine")
+    for name in SEARCH_RECORDS:
+        (folder / name).write_text("from before")
+    return folder
+
+
+@pytest.fixture
+def cluster_has_room_for(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Says how many trials the cluster has room for."""
+
+    def allot(resources: ResourcesConfig, most_trials: int, room: int) -> Allotment:
+        return Allotment(0.0, min(room, most_trials), "gloo")
+
+    return lambda room: monkeypatch.setattr(cluster, "allot", functools.partial(allot, room=room))
+
+
+def test_a_resumed_study_keeps_its_number_of_trials_at_a_time(
+    space: Space, folder: Path, cluster_has_room_for: Any
+) -> None:
+    cluster_has_room_for(3)
+    assert tuner._allot(space, folder, resume=False).concurrent_trials == 3
+    assert started(folder)["concurrent_trials"] == 3
+    cluster_has_room_for(100)
+    assert tuner._allot(space, folder, resume=True).concurrent_trials == 3
+    cluster_has_room_for(2)
+    with pytest.raises(ValueError, match=r"study runs 3 trials at a time, but this cluster has room for 2\. Resume it"):
+        tuner._allot(space, folder, resume=True)
+    assert started(folder)["concurrent_trials"] == 3
+
+
+def test_a_study_that_starts_anew_takes_the_room_there_is_and_drops_what_was_proposed(
+    space: Space, folder: Path, cluster_has_room_for: Any
+) -> None:
+    cluster_has_room_for(3)
+    tuner._allot(space, folder, resume=False)
+    for name in SEARCH_RECORDS:
+        assert not (folder / name).exists()
+        (folder / name).write_text("from now")
+    tuner._allot(space, folder, resume=True)
+    assert all((folder / name).exists() for name in SEARCH_RECORDS)
+    cluster_has_room_for(100)
+    assert tuner._allot(space, folder, resume=False).concurrent_trials == 6
+
+
+@pytest.mark.parametrize("trials", [0, 1])
+def test_a_study_goes_on_with_its_trials_or_starts_anew_where_it_has_none(
+    space: Space, folder: Path, cluster_has_room_for: Any, monkeypatch: pytest.MonkeyPatch, trials: int
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(tuner, "TUNE_SETTINGS", {})
+    monkeypatch.setattr(cluster, "connect", lambda: "here")
+    monkeypatch.setattr(tuner, "read_study", lambda folder: SimpleNamespace(trials=["x"] * trials, write=done.append))
+    monkeypatch.setattr(ray.tune.Tuner, "restore", lambda *_, **__: SimpleNamespace(fit=lambda: done.append("go on")))
+    monkeypatch.setattr(tuner, "_tuner", lambda *_: SimpleNamespace(fit=lambda: done.append("anew")))
+    cluster_has_room_for(1)
+    study: Study = tuner.run_study(space, folder, Any, "sqlite:///mlflow.db", resume=True)
+    assert len(study.trials) == trials
+    assert done == ["go on" if trials else "anew", folder]
+    assert all((folder / name).exists() == bool(trials) for name in SEARCH_RECORDS)
+
+
+def test_recordings_that_are_left_out_are_named_before_a_study(
+    tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_audio(tiny_corpus / "train-0/0.wav", np.zeros(2000))
+    data = {"root": str(tiny_corpus), "skip_bad_audio": True}
+    tree = {"data": data, "batch": {"speakers": 4, "crop_seconds": 0.5}, "augment": {"strength": {"uniform": [0, 1]}}}
+    corpus = tuner.check_data(space_from_dict(tree | TREE, "small"))
+    assert corpus.clips.keys() == {"noise", "reverb"}
+    assert f"left out: {tiny_corpus / 'train-0/0.wav'}: it is silent from beginning to end\n" in capsys.readouterr().out

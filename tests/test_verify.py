@@ -1,14 +1,20 @@
 import re
 import shutil
+from dataclasses import astuple
 
 import numpy as np
 import pytest
+import torch
 from encoder_fixtures import tiny_encoder, write_checkpoint
 from learning_fixtures import tiny_config, write_audio, write_corpus
 
 from raysv import verify
-from raysv.corpus.utterances import read_pairs
+from raysv.corpus.audio import FULL_SCALE, read_audio
+from raysv.corpus.layouts import cnceleb, write_lists
+from raysv.corpus.utterances import VerificationPair, read_pairs, read_utterances, write_pairs
 from raysv.verification.metrics import eer, min_dcf
+
+SPOKEN = ("dev-0", "dev-1")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,12 @@ def refused(run):
         return error
 
     return call
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
 
 
 def score_of(line):
@@ -115,6 +127,56 @@ def test_scores_lie_beside_the_list_unless_told_otherwise(run, root, checkpoint,
     status, _, _ = run(checkpoint, pairs, "--root", root)
     assert status == 0
     assert (tmp_path / "my_pairs.txt.scores").is_file()
+
+
+def test_trials_of_kaldi_are_verified_by_the_ids_of_utterances(run, root, checkpoint, tmp_path):
+    spoken = read_utterances(root / "dev.csv", root)
+    ids = {item.key: f"utterance{number}" for number, item in enumerate(spoken)}
+    pairs = read_pairs(root / "dev_pairs.txt")
+    (tmp_path / "wav.scp").write_text("".join(f"{ids[item.key]} {item.path}\n" for item in spoken))
+    (tmp_path / "utt2spk").write_text("".join(f"{ids[item.key]} {item.speaker}\n" for item in spoken))
+    write_pairs((VerificationPair(ids[a], ids[b], same) for a, b, same in map(astuple, pairs)), tmp_path / "trials")
+    status, out, error = run(checkpoint, tmp_path / "trials", "--utterances", tmp_path, "--scores", tmp_path / "by_id")
+    assert (status, error) == (0, "")
+    assert "190 pairs of 20 recordings" in out
+    run(checkpoint, root / "dev_pairs.txt", "--scores", tmp_path / "by_path")
+    assert scores_in(tmp_path / "by_id")[1] == scores_in(tmp_path / "by_path")[1]
+
+
+def test_trials_of_cnceleb_are_verified_by_models_of_several_recordings(run, root, checkpoint, encoder, tmp_path):
+    folder, lists = tmp_path / "CN-Celeb_flac", tmp_path / "lists"
+    copies = {f"data/{name}/drama-01-00{take}.wav": f"{name}/1{take}.wav" for name in SPOKEN for take in (0, 1)}
+    copies |= {f"eval/test/{name}-vlog-01-001.wav": f"{name}/12.wav" for name in SPOKEN}
+    copies |= {"data/id00000/drama-01-001.wav": "train-0/0.wav"}
+    for copy, original in copies.items():
+        (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / original, folder / copy)
+    write(folder / "dev/dev.lst", "id00000")
+    write(folder / "eval/lists/enroll.lst", *(f"{name}-enroll enroll/{name}-enroll.wav" for name in SPOKEN))
+    write(folder / "eval/lists/enroll.map", *(f"{n}-enroll {n}/drama-01-000.wav {n}/drama-01-001.wav" for n in SPOKEN))
+    trials = [(enrolment, test) for enrolment in SPOKEN for test in SPOKEN]
+    write(folder / "eval/lists/trials.lst", *(f"{e}-enroll test/{t}-vlog-01-001.wav {e == t:d}" for e, t in trials))
+    write_lists(cnceleb(folder), lists, folder)
+
+    options = ("--root", folder, "--enrolments", lists / "enrolments.txt", "--scores", tmp_path / "scores")
+    status, out, error = run(checkpoint, lists / "test_pairs.txt", *options)
+    assert (status, error) == (0, "")
+    assert "4 pairs of 6 recordings" in out
+
+    def embedded(path):
+        (embedding,) = encoder.embed([torch.from_numpy(read_audio(root / path).astype("float32")) / FULL_SCALE])
+        return torch.nn.functional.normalize(embedding, dim=0)
+
+    models = {name: embedded(f"{name}/10.wav") + embedded(f"{name}/11.wav") for name in SPOKEN}
+    tests = {name: embedded(f"{name}/12.wav") for name in SPOKEN}
+    expected = [torch.cosine_similarity(models[e], tests[t], dim=0).item() for e, t in trials]
+    assert scores_in(tmp_path / "scores")[1] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_that_is_not_explained_is_refused(refused, root, checkpoint, tmp_path):
+    pairs = write(tmp_path / "pairs.txt", "1 model dev-0/12.wav", "0 model dev-1/12.wav")
+    error = refused(checkpoint, pairs, "--root", root)
+    assert "'model'" in error and "utterances or enrolments" in error
 
 
 def test_a_cohort_normalises_the_scores_of_a_list(run, root, checkpoint, tmp_path):

@@ -126,7 +126,7 @@ def load_corpus(
     for name, file in lists.items():
         _refuse_unknown(file, paths[name], known)
         _refuse_leak(file, "the training list", paths[name], train, known)
-    chosen_on = [known[key] for key in paths["dev"] if key in known]
+    chosen_on = [known.get(key, Utterance(key, "", path)) for key, path in paths["dev"].items()]
     for name in data.test_pairs:
         _refuse_leak(lists[name], "the dev pairs", paths[name], chosen_on, known)
     wanted = list(lists) if tests else ["dev"]

@@ -107,7 +107,7 @@ class Range:
         """The value of the range that is closest to one that may lie outside; a choice of words' first."""
         if self.kind == "choice":
             numbers = [choice for choice in self.values if isinstance(choice, (int, float))]
-            if len(numbers) == len(self.values):
+            if len(numbers) == len(self.values) and isinstance(value, (int, float)):
                 return min(numbers, key=lambda choice: abs(choice - value))
             return value if value in self.values else self.values[0]
         low, high = self.values

@@ -175,12 +175,12 @@ def open_study(space: Space, results: Path, tracking_uri: str, name: str | None 
 
 def note_start(folder: Path, **facts: Any) -> None:
     """Keep facts about the start of a study for whoever resumes it."""
-    write_yaml((started(folder) if (folder / STARTED_FILE).exists() else {}) | facts, folder / STARTED_FILE)
+    write_yaml(started(folder) | facts, folder / STARTED_FILE)
 
 
 def started(folder: Path) -> dict[str, Any]:
     """How a study was started: its `space`, its `tracking_uri` and, once it ran, its `concurrent_trials`."""
-    return read_yaml(folder / STARTED_FILE)
+    return read_yaml(folder / STARTED_FILE) if (folder / STARTED_FILE).exists() else {}
 
 
 def find_study(results: Path, name: str) -> Path:
@@ -192,7 +192,7 @@ def find_study(results: Path, name: str) -> Path:
         if (folder / SPACE_FILE).is_file():
             return folder.absolute()
     studies = sorted(results.glob(f"*/{SPACE_FILE}"), key=lambda file: file.stat().st_mtime)
-    found = [file.parent for file in studies if started(file.parent)["space"] == name]
+    found = [file.parent for file in studies if started(file.parent).get("space") == name]
     if not found:
         there = ", ".join(file.parent.name for file in studies) or "none"
         raise ValueError(f"No study {name} to be found. Studies in {results}: {there}.")
