@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", nargs="?", help="a configuration (YAML), a study, or the id of an MLflow run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key otherwise")
     parser.add_argument("--epochs", type=int, help="train longer, or shorter, than the trial did")
-    parser.add_argument("--name", help="of the run (default: the source's name and the time)")
+    parser.add_argument("--name", help="of the run (default: train-SOURCE, numbered)")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was broken off")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where studies and runs are kept")
     parser.add_argument("--skip-bad-audio", action="store_true", help="leave out recordings that cannot be used")

@@ -167,6 +167,9 @@ def test_a_study_is_found_by_folder_by_name_and_by_the_name_of_its_space(
     older, newer = (open_study(space, tmp_path / "results", URI, name) for name in ("small-1122-190000", "mine"))
     other = dataclasses.replace(space, name="other")
     of_another_space = open_study(other, tmp_path / "results", URI, "small-1122-200000")
+    for folder in (older, newer, of_another_space):
+        note_start(folder, concurrent_trials=1)
+    open_study(space, tmp_path / "results", URI, "refused by its cluster")  # the newest of all, but it never ran
     for age, folder in enumerate((of_another_space, newer, older)):
         os.utime(folder / SPACE_FILE, (1e9 - age, 1e9 - age))
     monkeypatch.chdir(tmp_path)

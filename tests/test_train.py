@@ -8,7 +8,7 @@ from raysv import train
 from raysv.config import read_yaml
 from raysv.search.results import METRIC, TIME
 from raysv.search.space import Space, space_from_dict
-from raysv.search.study import Study, TrialRecord, open_study
+from raysv.search.study import Study, TrialRecord, note_start, open_study
 
 OPEN = {"loss": {"margin": {"uniform": [0.0, 0.5]}}, "search": {"trials": 4}}
 URI = "http://mlflow.example"
@@ -105,6 +105,7 @@ def test_the_best_configuration_of_a_study_is_trained(
 ) -> None:
     space = space_from_dict(OPEN | {"resources": {"workers": 3}}, "small")
     folder = open_study(space, tmp_path / "results", URI, "study")
+    note_start(folder, concurrent_trials=1)  # it ran
     best = TrialRecord("t000", "id", {"loss.margin": 0.125}, {TIME: space.epochs, METRIC: 0.1}, "complete", "", "")
     Study(space, [best]).write(folder)
     monkeypatch.setattr(train, "read_study", lambda folder: Study(space, [best]))

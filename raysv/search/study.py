@@ -184,7 +184,7 @@ def started(folder: Path) -> dict[str, Any]:
 
 
 def find_study(results: Path, name: str) -> Path:
-    """The folder of a study: given as such, by its name, or the newest one that searches the space of a name.
+    """The folder of a study: given as such, by its name, or by that of its space: the newest one that has run.
 
     Raises: ValueError when there is none, listing those there are.
     """
@@ -192,7 +192,9 @@ def find_study(results: Path, name: str) -> Path:
         if (folder / SPACE_FILE).is_file():
             return folder.absolute()
     studies = sorted(results.glob(f"*/{SPACE_FILE}"), key=lambda file: file.stat().st_mtime)
-    found = [file.parent for file in studies if started(file.parent).get("space") == name]
+    starts = {file.parent: started(file.parent) for file in studies}
+    # one that was refused by its cluster never ran: it must not stand before those that did
+    found = [folder for folder, start in starts.items() if start.get("space") == name and "concurrent_trials" in start]
     if not found:
         there = ", ".join(file.parent.name for file in studies) or "none"
         raise ValueError(f"No study {name} to be found. Studies in {results}: {there}.")

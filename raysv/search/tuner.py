@@ -29,6 +29,7 @@ from raysv.search.trial import DRIVER_RESOURCES, Job, run_trial
 from raysv.speech.augmentation import recipe
 
 EXPERIMENT = "raysv"  # of MLflow
+OPTUNA_FILE, ASHA_FILE = "optuna.db", "asha.jsonl"
 TUNE_SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver has lost a second of bookkeeping, not ten
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow keeps the results; no TensorBoard files beside it
@@ -80,6 +81,8 @@ def run_study(
         if resume:
             tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
         else:
+            for remains in (OPTUNA_FILE, ASHA_FILE):  # of a driver that was killed before its first trial
+                (folder / remains).unlink(missing_ok=True)
             tuner = _tuner(trainable, space, folder, allotment, corpus, tracking_uri)
         tuner.fit()
     finally:
@@ -99,8 +102,6 @@ def _allot(space: Space, folder: Path, resume: bool) -> cluster.Allotment:
             f"The study runs {before} trials at a time, but this cluster has room for {allotment.concurrent_trials}. "
             "Resume it where there is room."
         )
-    for remains in ("optuna.db", "asha.jsonl") if not resume else ():
-        (folder / remains).unlink(missing_ok=True)
     note_start(folder, concurrent_trials=allotment.concurrent_trials)
     return allotment
 
@@ -112,13 +113,13 @@ def _tuner(
     proposals = OptunaProposals(
         {key: span.distribution() for key, span in space.ranges.items()},
         epochs=space.epochs,
-        storage=f"sqlite:///{folder / 'optuna.db'}",
+        storage=f"sqlite:///{folder / OPTUNA_FILE}",
         study_name=folder.name,
         points=space.first_points(),
         seed=search.seed,
     )
     asha = JournaledASHA(
-        folder / "asha.jsonl",
+        folder / ASHA_FILE,
         epochs=space.epochs,
         grace_epochs=search.grace_epochs,
         reduction_factor=search.reduction_factor,
