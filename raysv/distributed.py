@@ -7,11 +7,15 @@ gradient of one worker with the whole batch.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -31,44 +35,85 @@ def shard(total: int) -> slice:
     return slice(start, start + whole + (rank() < extra))
 
 
-def gather(rows: Tensor) -> Tensor:
-    """All workers' rows `(n_r, ...)`, in rank order, as `(sum of n_r, ...)`; gradients flow back to every worker's own.
+def gather(rows: Tensor, total: int) -> Tensor:
+    """All workers' rows in rank order, `(total, ...)`; gradients flow back to every worker's own.
 
-    The row counts may differ; everything else must agree.
+    Every worker brings its `shard(total)`, so all know how many rows the others have and exchange nothing else.
+
+    Raises: ValueError when this worker's rows are not as many as its share.
     """
-    return rows if world_size() == 1 else _Gather.apply(rows)
+    share = shard(total)
+    if len(rows) != share.stop - share.start:
+        raise ValueError(
+            f"Worker {rank()} of {world_size()} has {len(rows)} rows to gather, but its share of {total} is "
+            f"{share.stop - share.start}. Take the rows of shard(total), with the same total for every worker."
+        )
+    return rows if world_size() == 1 else _Gather.apply(rows, total)
+
+
+def agree(value: T) -> T:
+    """The first worker's value, on every worker; for what a worker saw outside, such as files."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def together(work: Callable[[], T], look: float = 1.0) -> T:
+    """Do something that takes one worker far longer than another; returns when all are done.
+
+    A worker that waits in a collective gives up after minutes, and takes the others with it; here it may be hours.
+
+    Args:
+        look: seconds between two looks at how the others are doing.
+    """
+    if world_size() == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        mine = pool.submit(work)
+        done = [False] * world_size()
+        while not all(done):
+            wait([mine], look)
+            dist.all_gather_object(done, mine.done())
+        return mine.result()
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, rows: Tensor) -> Tensor:
-        count = torch.tensor([rows.shape[0]], device=rows.device)
-        sizes = torch.cat(_parts(count)).tolist()
-        context.start, context.length = sum(sizes[: rank()]), rows.shape[0]
-        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-        padded[: rows.shape[0]] = rows
-        return torch.cat([part[:size] for part, size in zip(_parts(padded), sizes, strict=True)])
+    def forward(context: Any, rows: Tensor, total: int) -> Tensor:
+        context.share = shard(total)
+        longer = total % world_size()  # workers with one row more than the others, who fill up
+        fill = 1 if longer and rank() >= longer else 0
+        shares = _from_everyone(torch.cat([rows, rows.new_zeros((fill, *rows.shape[1:]))]) if fill else rows)
+        if not longer:
+            return shares.flatten(0, 1)
+        return torch.cat([shares[:longer].flatten(0, 1), shares[longer:, :-1].flatten(0, 1)])
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total[context.start : context.start + context.length]
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed[context.share], None
 
 
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """Every worker's tensor, all of one shape."""
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor)
-    return parts
+def _from_everyone(tensor: Tensor) -> Tensor:
+    """Every worker's tensor, all of one shape, as `(workers, ...)`."""
+    everyone = tensor.new_empty((world_size(), *tensor.shape))
+    dist.all_gather_into_tensor(everyone.flatten(0, 1), tensor.contiguous())  # gloo wants them joined
+    return everyone
 
 
 class BatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over the batches of all workers together, on CPU and GPU; alone, PyTorch's own.
 
-    Takes `(batch, channels)` or `(batch, channels, time)`; a worker's batch may be empty. PyTorch's SyncBatchNorm
-    needs a GPU, hence this one.
+    Takes `(batch, channels)`, `(batch, channels, time)` or `(batch, channels, 1, time)`; the workers' batches may
+    differ in size, or be empty. As in PyTorch, the biased variance of the global batch normalises and the unbiased one
+    goes into the running statistics.
+    PyTorch's SyncBatchNorm needs a GPU, hence this one.
     """
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
+        """Images of height 1 are welcome too: of them alone PyTorch knows more than one memory layout."""
 
     def forward(self, values: Tensor) -> Tensor:
         """Normalise each channel by the statistics of the global batch (training) or by the running ones (eval)."""
@@ -100,9 +145,8 @@ class _Normalise(torch.autograd.Function):
         count = values.numel() // values.shape[1]
         local_mean = exact.sum(axes) / max(count, 1)
         local_squares = (exact - _per_channel(local_mean, exact)).square().sum(axes)
-        means, squares, counts = torch.stack(
-            _parts(torch.stack([local_mean, local_squares, torch.full_like(local_mean, count)]))
-        ).unbind(1)
+        local = torch.stack([local_mean, local_squares, torch.full_like(local_mean, count)])
+        means, squares, counts = _from_everyone(local).unbind(1)
 
         total = counts.sum(0)
         mean = (counts * means).sum(0) / total

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from raysv.config import parse_settings
-from raysv.corpus.loading import Corpus
+from raysv.corpus.sets import Corpus
 from raysv.search.mlflow_store import check, default_tracking_uri, runs_link
 from raysv.search.space import Space, read_space
 from raysv.search.study import BEST_FILE, TRIALS_FILE, Study, find_study, load_space, open_study, read_study, started

@@ -1,7 +1,10 @@
 """What several workers compute, beside what one worker computes with the whole batch."""
 
+import datetime
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,16 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-from raysv.distributed import BatchNorm1d, gather, rank, shard, world_size, wrap
+from raysv.config import config_from_dict
+from raysv.distributed import BatchNorm1d, gather, rank, shard, together, world_size, wrap
+from raysv.learning import training
+from raysv.learning.views import Batch
 
 WORKERS = (3, 2)
 TOTALS = range(8)
 BATCHES = {"equal": 6, "unequal": 5, "one worker empty": 2}  # rows of the global batch
+GATHERED = BATCHES | {"one row": 1, "nothing": 0}
+LEARNED = {"equal": 6, "unequal": 5}  # utterances of the global batch
 
 
 def rows(total, *shape):
@@ -44,14 +52,14 @@ def normalise(values, norm=None, steps=2):
         mine = values[shard(len(values))].clone().requires_grad_()
         norm.zero_grad()
         outputs = norm(mine)
-        a_loss(gather(outputs).flatten(1)).backward()
+        a_loss(gather(outputs, len(values)).flatten(1)).backward()
     state = {name: value.clone() for name, value in norm.state_dict().items()}
     return {"outputs": outputs.detach(), "rows": mine.grad, "weight": norm.weight.grad, "bias": norm.bias.grad} | state
 
 
 def gather_and_differentiate(values):
     mine = values[shard(len(values))].clone().requires_grad_()
-    everyone = gather(mine)
+    everyone = gather(mine, len(values))
     a_loss(everyone).backward()
     return {"everyone": everyone.detach(), "rows": mine.grad}
 
@@ -61,10 +69,56 @@ def one_training_step(values):
     for _ in range(2):
         model.zero_grad()
         embeddings = model(values[shard(len(values))])
-        a_loss(gather(embeddings)).backward()
+        a_loss(gather(embeddings, len(values))).backward()
     plain = model.module if world_size() > 1 else model
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
     return gradients | {name: buffer.clone() for name, buffer in plain.named_buffers()}
+
+
+def a_batch(total, views):
+    """This worker's share of utterances of three speakers, some of whose views are noisy or masked."""
+    generator = torch.Generator().manual_seed(total)
+    mine = slice(shard(total).start * views, shard(total).stop * views)
+    noisy = torch.tensor([row for row in range(0, total * views, 3) if row in range(mine.start, mine.stop)], dtype=int)
+    masks = torch.tensor([5, 10, 20, 8]) * torch.randint(2, (total * views, 1), generator=generator)
+    return Batch(
+        waveforms=torch.randint(-3000, 3000, (total, 4000), generator=generator).short()[shard(total)],
+        speakers=torch.tensor([0, 1, 0, 2, 1, 0])[:total][shard(total)],
+        noise_rows=noisy - mine.start,
+        noise=torch.randn(total * views, 4000, generator=generator)[noisy],
+        snr_db=torch.full((len(noisy),), 5.0),
+        room_rows=torch.zeros(0, dtype=int),
+        rooms=torch.zeros(0, 1),
+        masks=masks[mine],
+        views=views,
+    )
+
+
+def learn(total, views=2):
+    """The losses of one step of the real learner and the gradient of each of its parameters."""
+    torch.manual_seed(5)
+    batch = {"speakers": total, "utterances_per_speaker": 1, "views": views}
+    config = config_from_dict({"batch": batch, "model": {"channels": 16, "embedding_dim": 16}})
+    learner = training.Learner(config, num_speakers=3)
+    parallel = wrap(learner)  # kept: without it nobody would average the gradients
+    losses = parallel(a_batch(total, views))
+    losses.total.backward()
+    gradients = {name: parameter.grad for name, parameter in learner.named_parameters()}
+    return {"losses": torch.stack(losses).detach(), "gradients": gradients}
+
+
+def learn_without_gathering(total):
+    """The common mistake: each worker contrasts its own rows, and DDP averages what comes of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "gather", lambda rows, total: rows)
+        return learn(total)
+
+
+def complaint(rows, total):
+    try:
+        gather(torch.zeros(rows, 2), total)
+    except ValueError as error:
+        return str(error)
 
 
 def everything():
@@ -73,14 +127,17 @@ def everything():
         "rank": rank(),
         "world": world_size(),
         "shards": [list(range(total))[shard(total)] for total in TOTALS],
-        "labels": gather(torch.arange(5)[shard(5)]),
-        "flags": gather((torch.arange(5) % 2 == 0)[shard(5)]),
-        "gather": {name: gather_and_differentiate(rows(total, 4)) for name, total in BATCHES.items()},
+        "labels": gather(torch.arange(5)[shard(5)], 5),
+        "flags": gather((torch.arange(5) % 2 == 0)[shard(5)], 5),
+        "gather": {name: gather_and_differentiate(rows(total, 4)) for name, total in GATHERED.items()},
+        "complaint": complaint(shard(5).stop - shard(5).start + 1, 5),
         "flat": {name: normalise(rows(total, 4)) for name, total in BATCHES.items()},
         "timed": {name: normalise(rows(total, 4, 3)) for name, total in BATCHES.items()},
         "bfloat16": normalise(rows(6, 4).bfloat16()),
         "far from zero": normalise(rows(6, 4) * 1e-2 + 1000),
         "step": {name: one_training_step(rows(total, 3, 5)) for name, total in BATCHES.items() if total > 2},
+        "learner": {name: learn(total) for name, total in LEARNED.items()} | {"three views": learn(5, views=3)},
+        "not gathered": {name: learn_without_gathering(total) for name, total in LEARNED.items()},
     }
 
 
@@ -124,14 +181,16 @@ def test_a_lone_worker_has_everything(alone):
     assert (alone["rank"], alone["world"]) == (0, 1)
     assert alone["shards"] == [list(range(total)) for total in TOTALS]
     values = rows(3, 2)
-    assert gather(values) is values
+    assert gather(values, 3) is values
     module = nn.Linear(1, 1)
     assert wrap(module) is module
 
 
-def test_alone_batch_norm_is_that_of_pytorch(alone):
-    expected = normalise(rows(6, 4), nn.BatchNorm1d(4))
-    assert all(torch.equal(alone["flat"]["equal"][key], value) for key, value in expected.items())
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize(("section", "shape"), [("flat", (4,)), ("timed", (4, 3))])
+def test_alone_batch_norm_is_that_of_pytorch(alone, section, shape, name):
+    expected = normalise(rows(BATCHES[name], *shape), nn.BatchNorm1d(4))
+    assert all(torch.equal(alone[section][name][key], value) for key, value in expected.items())
 
 
 def test_workers_are_numbered(workers):
@@ -152,16 +211,23 @@ def test_integers_and_flags_are_gathered_too(workers):
         assert torch.equal(worker["flags"], torch.arange(5) % 2 == 0)
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", GATHERED)
 def test_every_worker_gathers_all_rows_in_order(workers, name):
     for worker in workers:
-        assert torch.equal(worker["gather"][name]["everyone"], rows(BATCHES[name], 4))
+        assert torch.equal(worker["gather"][name]["everyone"], rows(GATHERED[name], 4))
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", GATHERED)
 def test_gather_adds_up_what_all_workers_ask_of_a_row(workers, alone, name):
     gradient = concatenated(workers, "gather", name, "rows")
     torch.testing.assert_close(gradient, len(workers) * alone["gather"][name]["rows"])
+
+
+def test_rows_that_are_not_the_worker_s_share_are_refused_before_anything_is_exchanged(workers, alone):
+    assert alone["complaint"].startswith("Worker 0 of 1 has 6 rows to gather, but its share of 5 is 5. ")
+    for number, worker in enumerate(workers):
+        assert worker["complaint"].startswith(f"Worker {number} of {len(workers)} has ")
+        assert "Take the rows of shard(total)" in worker["complaint"]
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -203,3 +269,50 @@ def test_batch_norm_does_not_cancel_far_from_zero(workers):
 def test_workers_give_the_gradient_of_one(workers, alone, name):
     for worker in workers:
         torch.testing.assert_close(worker["step"][name], alone["step"][name], rtol=1e-4, atol=1e-4)
+
+
+def distance(gradients, expected):
+    """How far gradients, by parameter, are from the expected ones, relative to all of these together."""
+    apart = torch.stack([(gradients[name] - value).norm() for name, value in expected.items()]).norm()
+    return float(apart / torch.stack([value.norm() for value in expected.values()]).norm())
+
+
+@pytest.mark.parametrize("name", [*LEARNED, "three views"])
+def test_the_learner_of_several_workers_has_the_losses_and_every_gradient_of_one(workers, alone, name):
+    expected = alone["learner"][name]
+    for worker in workers:
+        measured = worker["learner"][name]
+        torch.testing.assert_close(measured["losses"], expected["losses"], rtol=2e-6, atol=0)
+        assert distance(measured["gradients"], expected["gradients"]) < 1e-5
+        assert measured["gradients"].keys() == expected["gradients"].keys()
+        for parameter, gradient in expected["gradients"].items():
+            # the softmax over time forgets the bias of its logits: that gradient is nothing but rounding
+            apart = (measured["gradients"][parameter] - gradient).norm()
+            assert apart < 1e-4 * gradient.norm() + 1e-5, parameter
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_contrast_within_each_worker_is_far_from_that(workers, alone, name):
+    expected = alone["learner"][name]
+    losses = torch.stack([worker["not gathered"][name]["losses"] for worker in workers]).mean(0)
+    assert (expected["losses"] - losses)[0] > 2
+    for worker in workers:
+        assert distance(worker["not gathered"][name]["gradients"], expected["gradients"]) > 0.2
+
+
+def take_longer_than_the_others_wait(number, folder):
+    """The second worker is busy for longer than a collective may take."""
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    patience = datetime.timedelta(seconds=4)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=number, world_size=2, timeout=patience)
+    assert together(lambda: time.sleep(6 * number) or number) == number
+    dist.destroy_process_group()
+
+
+def test_workers_wait_for_one_that_is_busy(tmp_path):
+    torch.multiprocessing.spawn(take_longer_than_the_others_wait, (str(tmp_path),), nprocs=2)
+
+
+def test_a_lone_worker_waits_for_nobody():
+    assert together(lambda: threading.current_thread() is threading.main_thread())

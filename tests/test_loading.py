@@ -10,7 +10,8 @@ from learning_fixtures import write_audio
 from raysv.config import AugmentConfig, DataConfig
 from raysv.corpus import loading
 from raysv.corpus.audio import read_audio
-from raysv.corpus.loading import cache_folder, load_corpus, load_pairs
+from raysv.corpus.cache import cache_folder
+from raysv.corpus.loading import load_corpus, load_pairs
 from raysv.corpus.utterances import read_pairs, read_utterances
 
 QUIET = AugmentConfig(strength=0.0)
@@ -199,6 +200,16 @@ def test_all_bad_recordings_are_named_at_once(tiny_corpus):
     assert f"{tiny_corpus / noise}: it is silent from beginning to end\n" in message
     assert f"{tiny_corpus / listened}: it cannot be read as audio" in message
     assert message.endswith("leave them out with --skip-bad-audio.")
+
+
+def test_of_very_many_bad_recordings_some_are_named(tiny_corpus):
+    trained = [row["path"] for row in rows(tiny_corpus / "train.csv")]
+    silence(tiny_corpus, *trained)
+    message = refused(tiny_corpus).splitlines()
+    assert message[0] == f"{len(trained)} recordings cannot be used:"
+    assert message[20] == f"  {tiny_corpus / trained[19]}: it is silent from beginning to end"
+    assert message[21] == f"  and {len(trained) - 20} more"
+    assert len(message) == 23
 
 
 def test_bad_recordings_can_be_left_out_with_their_pairs_and_speakers(tiny_corpus):
@@ -409,19 +420,6 @@ def test_no_root_is_the_embedded_corpus_in_the_cache(tiny_corpus, monkeypatch):
     data = DataConfig()
     assert load_corpus(data, QUIET).train.speakers == load(tiny_corpus).train.speakers
     assert asked == [cache_folder(data)]
-
-
-def test_the_cache_is_where_the_configuration_or_the_environment_says(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("RAYSV_CACHE", raising=False)
-    assert cache_folder(DataConfig()) == tmp_path / "home" / ".cache" / "raysv"
-    monkeypatch.setenv("RAYSV_CACHE", "~/scratch")
-    assert cache_folder(DataConfig()) == tmp_path / "home" / "scratch"
-    monkeypatch.chdir(tmp_path)
-    assert cache_folder(DataConfig(cache="here")) == tmp_path / "here"
-    monkeypatch.setenv("RAYSV_CACHE", "here")
-    with pytest.raises(ValueError, match="RAYSV_CACHE is here"):
-        cache_folder(DataConfig())
 
 
 def test_a_pair_list_of_its_own_needs_no_manifest(tiny_corpus, tmp_path):

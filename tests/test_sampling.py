@@ -3,13 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raysv.corpus.groups import Groups
 from raysv.corpus.sampling import SpeakerBatches
 
 
 def batches(counts, speakers, utterances, seed=0):
     """The batches of a list whose speakers have `counts` recordings, in no order."""
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
-    return SpeakerBatches(labels, [f"s{n}" for n in range(len(counts))], speakers, utterances, seed), labels
+    names = [f"s{n}" for n in range(len(counts))]
+    return SpeakerBatches(Groups.by_label(labels, len(counts)), names, speakers, utterances, seed), labels
 
 
 @st.composite
@@ -99,4 +101,4 @@ def test_many_speakers_with_too_few_utterances_are_counted():
 
 def test_a_speaker_without_any_recording_is_named():
     with pytest.raises(ValueError, match=r"b \(0\)"):
-        SpeakerBatches(np.array([0, 0, 2, 2]), ["a", "b", "c"], 2, 1, 0)
+        SpeakerBatches(Groups.by_label(np.array([0, 0, 2, 2]), 3), ["a", "b", "c"], 2, 1, 0)

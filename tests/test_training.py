@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from learning_fixtures import tiny_config, write_corpus
+from learning_fixtures import tiny_config, voice, write_audio, write_corpus, write_pairs
 
 from raysv.corpus.loading import load_corpus
 from raysv.learning import training
@@ -85,10 +85,12 @@ def test_schedules_count_epochs_whatever_the_number_of_steps(root, monkeypatch, 
     assert seen == pytest.approx([(step + 0.5) / steps for step in range(2 * steps)])
 
 
-def test_auto_precision_is_single_on_a_cpu():
+@pytest.mark.parametrize(("multiplies_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_is_half_where_the_cpu_multiplies_it(monkeypatch, multiplies_bf16, expected):
     cpu = torch.device("cpu")
-    assert compute_dtype("auto", cpu) == compute_dtype("fp32", cpu) == torch.float32
-    assert compute_dtype("bf16", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: multiplies_bf16)
+    assert compute_dtype("auto", cpu) == expected
+    assert (compute_dtype("fp32", cpu), compute_dtype("bf16", cpu)) == (torch.float32, torch.bfloat16)
 
 
 def test_training_lowers_the_loss_and_the_error_rate_of_the_dev_pairs(root):
@@ -159,6 +161,17 @@ def test_test_lists_are_judged_only_when_asked_for_and_only_at_the_end(root):
     assert not any(name.startswith("easy/") for name in first)
     assert {name for name in last if name.startswith("easy/")} == {"easy/eer", "easy/min_dcf_0.01", "easy/min_dcf_0.05"}
     assert not any(name.startswith("test/") for metrics in trained(tiny_config(root)) for name in metrics)
+
+
+def test_the_eer_of_a_test_list_of_enough_speakers_has_an_interval(root):
+    rows = [(f"more-{speaker}", f"more-{speaker}/{take}.wav") for speaker in range(5) for take in range(2)]
+    for place, (_, path) in enumerate(rows):
+        write_audio(root / path, voice(10 + place // 2, place % 2))
+    write_pairs(root / "more_pairs.txt", rows)
+    config = tiny_config(root, data__test_pairs={"more": "more_pairs.txt"}, training__epochs=1)
+    (metrics,) = trained(config, tests=True)
+    assert 0 <= metrics["more/eer_low"] < metrics["more/eer_high"] <= 1
+    assert "dev/eer_low" not in metrics
 
 
 @pytest.mark.parametrize(
@@ -271,3 +284,21 @@ def test_all_workers_agree_and_the_first_one_brings_the_checkpoint(reports, work
     for ((same, with_folder),) in others:
         assert not with_folder
         assert without_speed(same) == without_speed(metrics)
+
+
+def read_other_data(number, root, folder):
+    """The second worker's node has a copy of the corpus with one recording changed."""
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if number == 1:
+        root = Path(shutil.copytree(root, Path(folder, "copy")))
+        write_audio(root / "dev-0/10.wav", voice(0, 10)[:-1])
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=2)
+    told = "Worker 1 finds other data below data.root than the first worker: dev pairs differ" if number else ""
+    with pytest.raises(ValueError if number else RuntimeError, match=told):  # the first is left alone
+        fit(calm_config(root), print)
+
+
+@pytest.mark.slow
+def test_a_worker_with_other_data_is_refused(root, tmp_path):
+    torch.multiprocessing.spawn(read_other_data, (root, tmp_path), nprocs=2)

@@ -10,6 +10,7 @@ from raysv.corpus.utterances import (
     find_audio,
     read_clips,
     read_enrolments,
+    read_pair_columns,
     read_pairs,
     read_utterances,
     write_enrolments,
@@ -235,3 +236,12 @@ def test_audio_behind_a_link_is_found(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "ann").symlink_to(tmp_path / "store")
     assert find_audio(tmp_path / "corpus") == [tmp_path / "corpus/ann/1.wav"]
+
+
+def test_columns_hold_every_name_once(tmp_path):
+    path = tmp_path / "pairs.txt"
+    path.write_text("1 a b\n0 b c\n\n1 a a\n", encoding="utf-8")
+    columns = read_pair_columns(path)
+    assert columns.names == ["a", "b", "c"]
+    assert [column.tolist() for column in columns[1:]] == [[0, 1, 0], [1, 2, 0], [True, False, True]]
+    assert columns.pairs() == read_pairs(path)

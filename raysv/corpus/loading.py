@@ -2,110 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from raysv.config import SYNTHETIC, AugmentConfig, DataConfig
+from raysv.corpus.cache import alone, cache_folder
+from raysv.corpus.checks import refuse_bad_audio, refuse_leak, refuse_nothing_left, refuse_unknown
+from raysv.corpus.groups import Groups
+from raysv.corpus.kept import keep, kept_folder, open_kept
+from raysv.corpus.pairlists import PairList, pair_set, read_pair_list
+from raysv.corpus.sets import DEV, TRAIN, Corpus, PairSet, TrainingSet, digest, part_names
 from raysv.corpus.store import Progress, WaveformStore, open_store
 from raysv.corpus.synthetic import corpus_folder
-from raysv.corpus.utterances import (
-    Utterance,
-    VerificationPair,
-    read_clips,
-    read_enrolments,
-    read_pairs,
-    read_utterances,
-)
-
-Indices = npt.NDArray[np.int64]
-Enrolments = dict[str, tuple[str, ...]]  # the recordings of each model that has several
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """Labelled recordings.
-
-    Attributes:
-        recordings: `(utterances,)` where each utterance lies in the store.
-        labels: `(utterances,)` class of each, an index into `speakers`.
-    """
-
-    store: WaveformStore
-    recordings: Indices
-    labels: Indices
-    speakers: list[str]
-
-
-@dataclass(frozen=True)
-class PairSet:
-    """A pair list over recordings that are embedded once each.
-
-    Attributes:
-        models: for each enrolment, the recordings it is made of.
-        enrolment, test: `(pairs,)` indices into `models` and into the store.
-        same_speaker: `(pairs,)` bool.
-    """
-
-    store: WaveformStore
-    models: list[Indices]
-    enrolment: Indices
-    test: Indices
-    same_speaker: npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The audio of a run: what it trains on, is judged by, and is disturbed with."""
-
-    train: TrainingSet
-    dev: PairSet
-    tests: dict[str, PairSet]
-    clips: dict[str, WaveformStore]
-    left_out: dict[str, str]  # unusable recordings by path, and why; none unless data.skip_bad_audio
-
-    def __str__(self) -> str:
-        train = self.train
-        counts = f"{len(train.speakers)} speakers and {len(train.labels)} utterances to learn from"
-        left_out = f"; {len(self.left_out)} unusable recordings left out" if self.left_out else ""
-        return f"{counts}, {len(self.dev.same_speaker)} dev pairs{left_out}"
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of training speech, labels and dev pairs: runs with the same one learned from the same speech.
-
-        Clips are left out: which are read depends on the augmentation, and trials of one study differ in that.
-        """
-        digest = hashlib.sha256(f"{self.train.store.digest} {self.dev.store.digest}".encode())
-        pairs = (self.dev.enrolment, self.dev.test, self.dev.same_speaker)
-        for part in (self.train.recordings, self.train.labels, *pairs, *self.dev.models):
-            digest.update(f"{len(part)} ".encode() + part.tobytes())
-        return digest.hexdigest()[:16]
-
-
-def cache_folder(data: DataConfig) -> Path:
-    """Where decoded waveforms and the embedded corpus are kept.
-
-    Raises: ValueError when RAYSV_CACHE is a relative path.
-    """
-    if data.cache:
-        return Path(data.cache).expanduser().absolute()
-    chosen = Path(os.environ.get("RAYSV_CACHE") or "~/.cache/raysv").expanduser()
-    if not chosen.is_absolute():
-        raise ValueError(f"RAYSV_CACHE is {chosen}, but every worker runs in a folder of its own. Make it absolute.")
-    return chosen
+from raysv.corpus.utterances import Utterance, VerificationPair, read_clips, read_enrolments, read_utterances
 
 
 def load_corpus(
     data: DataConfig, augment: AugmentConfig, *, tests: bool = False, progress: Progress | None = None
 ) -> Corpus:
-    """Read, check and decode what the configuration names.
+    """Read, check and decode what the configuration names, and keep the outcome on this node for `open_corpus`.
 
     Args:
         tests: whether to decode the test lists too; that their recordings exist and their speakers are not in training
@@ -117,41 +34,50 @@ def load_corpus(
     """
     if "dev" in data.test_pairs:
         raise ValueError("data.test_pairs has a list named dev, which is the name of data.dev_pairs. Rename it.")
-    root = _root(data)
-    train = read_utterances(root / data.train, root)
-    known, enrolments = _read_known(data.utterances, root), _read_models(data.enrolments, root)
-    lists = {name: root / file for name, file in {"dev": data.dev_pairs, **data.test_pairs}.items()}
-    pairs = {name: read_pairs(file) for name, file in lists.items()}
-    paths = {name: _paths(root, listed, enrolments, known) for name, listed in pairs.items()}
-    for name, file in lists.items():
-        _refuse_unknown(file, paths[name], known)
-        _refuse_leak(file, "the training list", paths[name], train, known)
-    chosen_on = [known.get(key, Utterance(key, "", path)) for key, path in paths["dev"].items()]
-    for name in data.test_pairs:
-        _refuse_leak(lists[name], "the dev pairs", paths[name], chosen_on, known)
-    wanted = list(lists) if tests else ["dev"]
-    kinds = augment.kinds if augment.strength > 0 else []
-    clips = {kind: files for kind in kinds if (files := _clip_paths(data, kind, root))}
+    root, cache = _root(data), cache_folder(data)
+    train, lists = _read_lists(data, root)
+    wanted = ["dev", *(data.test_pairs if tests else [])]
+    clips = {kind: _clip_paths(data, kind, root) for kind in _clip_kinds(data, augment)}
 
-    cache = cache_folder(data)
-    stores = {"train": open_store([spoken.path for spoken in train], cache, progress)}
-    stores |= {f"{name} pairs": open_store(list(paths[name].values()), cache, progress) for name in wanted}
+    stores = {TRAIN: open_store([spoken.path for spoken in train], cache, progress)}
+    stores |= {f"{name} pairs": open_store(list(lists[name].paths.values()), cache, progress) for name in wanted}
     stores |= {f"{kind} clips": open_store(found, cache, progress) for kind, found in clips.items()}
     if data.skip_bad_audio:
-        _refuse_nothing_left(stores)
+        refuse_nothing_left(stores)
     else:
-        _refuse_bad_audio(stores, "Mend or remove them, or leave them out with --skip-bad-audio.")
+        refuse_bad_audio(stores, "Mend or remove them, or leave them out with --skip-bad-audio.")
 
-    pair_sets = {
-        name: _pair_set(stores[f"{name} pairs"], lists[name], pairs[name], paths[name], enrolments) for name in wanted
-    }
-    return Corpus(
-        train=_training_set(stores["train"], train),
-        dev=pair_sets.pop("dev"),
-        tests=pair_sets,
+    training = _training_set(train, stores[TRAIN])
+    pair_sets = {f"{name} pairs": pair_set(lists[name], stores[f"{name} pairs"]) for name in wanted}
+    corpus = Corpus(
+        train=training,
+        dev=pair_sets[DEV],
+        tests={name: pair_sets[f"{name} pairs"] for name in wanted[1:]},
         clips={kind: stores[f"{kind} clips"] for kind in clips},
         left_out={path: why for store in stores.values() for path, why in store.problems.items()},
+        digests={name: digest(part) for name, part in (stores | pair_sets | {TRAIN: training}).items()},
     )
+    return keep(corpus, cache)
+
+
+def open_corpus(data: DataConfig, augment: AugmentConfig, checked: Mapping[str, str], *, tests: bool = False) -> Corpus:
+    """A corpus that was checked before, as it was then, without a look at its lists or audio.
+
+    A node that does not have it loads it first; of several processes that ask for it there, one does.
+
+    Args:
+        checked: the `digests` of what `load_corpus` found, here or on another node; it may hold more parts than asked
+            for.
+
+    Raises: see `load_corpus`.
+    """
+    cache = cache_folder(data)
+    wanted = part_names(data.test_pairs if tests else (), _clip_kinds(data, augment))
+    digests = {name: checked.get(name, "") for name in wanted}
+    if kept := open_kept(digests, cache):
+        return kept
+    with alone(kept_folder(digests, cache), "-load"):
+        return open_kept(digests, cache) or load_corpus(data, augment, tests=tests)
 
 
 def load_pairs(
@@ -166,13 +92,11 @@ def load_pairs(
 
     Raises: ValueError when a recording is missing or cannot be used, OSError when the cache cannot be written.
     """
-    listed = read_pairs(pairs)
-    known, models = _read_known(utterances, root), _read_models(enrolments, root)
-    paths = _paths(root, listed, models, known)
-    _refuse_unknown(pairs, paths, known)
-    store = open_store(list(paths.values()), cache)
-    _refuse_bad_audio({"pairs": store}, "Mend them, or take their pairs out of the list.")
-    return _pair_set(store, pairs, listed, paths, models), listed
+    listed = read_pair_list(pairs, root, _read_known(utterances, root), _read_models(enrolments, root))
+    refuse_unknown(listed)
+    store = open_store(list(listed.paths.values()), cache)
+    refuse_bad_audio({"pairs": store}, "Mend them, or take their pairs out of the list.")
+    return pair_set(listed, store), listed.pairs.pairs()
 
 
 def _root(data: DataConfig) -> Path:
@@ -184,32 +108,19 @@ def _root(data: DataConfig) -> Path:
     return root
 
 
-def _clip_paths(data: DataConfig, kind: str, root: Path) -> list[Path]:
-    key = "rir" if kind == "reverb" else kind
-    source = getattr(data, key)
-    if not source:
-        if kind == "babble":
-            return []  # the training speakers babble
-        raise ValueError(
-            f"augment.kinds asks for {kind}, but data.{key} is empty. Set data.{key} to a folder or a CSV of clips, or "
-            f"leave {kind} out of augment.kinds."
-        )
-    return read_clips(root / source, key, root)
-
-
-def _parts(name: str, enrolments: Enrolments) -> tuple[str, ...]:
-    """The recordings that an enrolment is made of: usually the one it is named after."""
-    return enrolments.get(name, (name,))
-
-
-def _paths(
-    root: Path, pairs: Iterable[VerificationPair], enrolments: Enrolments, known: dict[str, Utterance]
-) -> dict[str, Path]:
-    """The recordings that pairs name, each once, and where they are: as a manifest says, otherwise below the root."""
-    keys: dict[str, None] = {}
-    for pair in pairs:
-        keys.update(dict.fromkeys((*_parts(pair.enrolment, enrolments), pair.test)))
-    return {key: known[key].path if key in known else root / key for key in keys}
+def _read_lists(data: DataConfig, root: Path) -> tuple[list[Utterance], dict[str, PairList]]:
+    """The training list, and the pair lists by name; nobody is in two of training, dev and test."""
+    train = read_utterances(root / data.train, root)
+    known, enrolments = _read_known(data.utterances, root), _read_models(data.enrolments, root)
+    files = {"dev": data.dev_pairs, **data.test_pairs}
+    lists = {name: read_pair_list(root / file, root, known, enrolments) for name, file in files.items()}
+    for listed in lists.values():
+        refuse_unknown(listed)
+        refuse_leak(listed, "the training list", train)
+    chosen_on = [known.get(key, Utterance(key, "", path)) for key, path in lists["dev"].paths.items()]
+    for name in data.test_pairs:
+        refuse_leak(lists[name], "the dev pairs", chosen_on)
+    return train, lists
 
 
 def _read_known(lists: Sequence[str], root: Path) -> dict[str, Utterance]:
@@ -223,93 +134,36 @@ def _read_known(lists: Sequence[str], root: Path) -> dict[str, Utterance]:
     return known
 
 
-def _read_models(lists: Sequence[str], root: Path) -> Enrolments:
-    models: Enrolments = {}
+def _read_models(lists: Sequence[str], root: Path) -> dict[str, tuple[str, ...]]:
+    """The enrolments of several recordings that several lists hold."""
+    models: dict[str, tuple[str, ...]] = {}
     for name in lists:
-        for model, parts in read_enrolments(root / name).items():
-            if models.setdefault(model, parts) != parts:
+        for model, keys in read_enrolments(root / name).items():
+            if models.setdefault(model, keys) != keys:
                 raise ValueError(f"{root / name} makes the enrolment {model} of others than an earlier list.")
     return models
 
 
-def _refuse_leak(
-    file: Path, where: str, paths: dict[str, Path], seen: Sequence[Utterance], known: dict[str, Utterance]
-) -> None:
-    """Refuse pairs with recordings or speakers that were seen elsewhere, in training or in choosing a configuration."""
-    seen_speakers = {spoken.speaker for spoken in seen}
-    seen_keys, seen_paths = {spoken.key for spoken in seen}, {spoken.path for spoken in seen}
-    leaks = set()
-    for key, path in paths.items():
-        if key in seen_keys or path in seen_paths:
-            leaks.add(key)
-        elif key in known:
-            leaks |= {known[key].speaker} & seen_speakers
-        else:  # no manifest says who speaks, but many corpora have a folder per speaker
-            leaks |= set(Path(key).parts[:-1]) & seen_speakers
-    if leaks:
-        shown = ", ".join(sorted(leaks)[:10])
+def _clip_kinds(data: DataConfig, augment: AugmentConfig) -> list[str]:
+    """The kinds of augmentation that take clips; without clips of its own, babble is made of the training speakers."""
+    kinds = augment.kinds if augment.strength > 0 else []
+    return [kind for kind in kinds if kind != "babble" or data.babble]
+
+
+def _clip_paths(data: DataConfig, kind: str, root: Path) -> list[Path]:
+    key = "rir" if kind == "reverb" else kind
+    source = getattr(data, key)
+    if not source:
         raise ValueError(
-            f"{file} and {where} share {len(leaks)} speakers or recordings: {shown}"
-            f"{', ...' if len(leaks) > 10 else ''}. Error rates on them would mean nothing: take "
-            "them out of one of the two."
+            f"augment.kinds asks for {kind}, but data.{key} is empty. Set data.{key} to a folder or a CSV of clips, or "
+            f"leave {kind} out of augment.kinds."
         )
+    return read_clips(root / source, key, root)
 
 
-def _refuse_unknown(file: Path, paths: dict[str, Path], known: dict[str, Utterance]) -> None:
-    unknown = [key for key, path in paths.items() if key not in known and not path.is_file()]
-    if unknown:
-        raise ValueError(
-            f"{file} names {len(unknown)} recordings that no manifest lists and that are no files, first "
-            f"{unknown[0]!r} at {paths[unknown[0]]}. Mend the list, or name the one that knows them among the "
-            "utterances or enrolments."
-        )
-
-
-def _refuse_bad_audio(stores: dict[str, WaveformStore], remedy: str) -> None:
-    problems = {path: why for store in stores.values() for path, why in store.problems.items()}
-    if problems:
-        listed = "\n".join(f"  {path}: {why}" for path, why in problems.items())
-        raise ValueError(f"{len(problems)} recordings cannot be used:\n{listed}\n{remedy}")
-
-
-def _refuse_nothing_left(stores: dict[str, WaveformStore]) -> None:
-    for name, store in stores.items():
-        if not len(store.usable):
-            path, why = next(iter(store.problems.items()))
-            raise ValueError(f"None of the {len(store)} recordings of {name} can be used; {path}: {why}.")
-
-
-def _training_set(store: WaveformStore, train: Sequence[Utterance]) -> TrainingSet:
-    recordings = store.usable
-    spoken = [train[index].speaker for index in recordings]
+def _training_set(train: Sequence[Utterance], store: WaveformStore) -> TrainingSet:
+    spoken = [train[index].speaker for index in store.usable]
     speakers = sorted(set(spoken))
     classes = {speaker: label for label, speaker in enumerate(speakers)}
-    return TrainingSet(store, recordings, np.array([classes[speaker] for speaker in spoken]), speakers)
-
-
-def _pair_set(
-    store: WaveformStore,
-    file: Path,
-    pairs: Sequence[VerificationPair],
-    paths: dict[str, Path],
-    enrolments: Enrolments,
-) -> PairSet:
-    """The pairs as indices; those of a recording that was left out are left out too."""
-    places = {key: index for index, key in enumerate(paths) if store.lengths[index]}
-    models: dict[str, list[int]] = {}
-    for pair in pairs:
-        if pair.enrolment not in models:
-            models[pair.enrolment] = [places[key] for key in _parts(pair.enrolment, enrolments) if key in places]
-    numbers = {name: number for number, name in enumerate(name for name, parts in models.items() if parts)}
-    rows = [
-        (numbers[pair.enrolment], places[pair.test], pair.same_speaker)
-        for pair in pairs
-        if pair.enrolment in numbers and pair.test in places
-    ]
-    enrolment, test, same_speaker = np.array(rows, np.int64).reshape(-1, 3).T
-    for kind, there in (("of one speaker", same_speaker.any()), ("of different speakers", not same_speaker.all())):
-        if not there:
-            left_out = " whose recordings can be used" if store.problems else ""
-            raise ValueError(f"{file} has no pairs {kind}{left_out}, and an error rate needs some of either kind.")
-    parts = [np.array(parts, np.int64) for parts in models.values() if parts]
-    return PairSet(store, parts, enrolment, test, same_speaker.astype(bool))
+    labels = np.array([classes[speaker] for speaker in spoken])
+    return TrainingSet(store, store.usable, labels, speakers, Groups.by_label(labels, len(speakers)))

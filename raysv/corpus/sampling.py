@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
+from raysv.corpus.groups import Groups, Indices
 
 
 class SpeakerBatches:
@@ -14,15 +13,17 @@ class SpeakerBatches:
     An epoch asks every speaker the same number of times, chosen so that it takes about as many utterances as the list
     has; who comes together and which utterances come is drawn anew in every epoch, from the seed and the epoch alone.
 
+    An epoch takes 8 bytes per utterance, and as many again while it is drawn.
+
     Args:
-        labels: `(recordings,)` class of each recording, 0 to the number of speakers − 1.
+        by_speaker: the utterances of each speaker.
         names: the speakers' names, for messages.
 
     Raises: ValueError when such a batch cannot be formed.
     """
 
-    def __init__(self, labels: Indices, names: list[str], speakers: int, utterances: int, seed: int) -> None:
-        counts = np.bincount(labels, minlength=len(names))
+    def __init__(self, by_speaker: Groups, names: list[str], speakers: int, utterances: int, seed: int) -> None:
+        counts = by_speaker.sizes
         if speakers > len(names):
             raise ValueError(
                 f"batch.speakers is {speakers}, but the training list has {len(names)} speakers and those of a batch "
@@ -36,36 +37,39 @@ class SpeakerBatches:
                 f"the training list (python -m raysv.prepare does with --min-utterances {utterances})."
             )
         self.speakers, self.utterances, self.seed = speakers, utterances, seed
-        self._recordings = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-        self._rounds = max(1, round(len(labels) / (len(names) * utterances)))
+        self._by_speaker = by_speaker
+        self._rounds = max(1, round(len(by_speaker.members) / (len(names) * utterances)))
         self.steps = self._rounds * len(names) // speakers
 
     def epoch(self, epoch: int) -> Indices:
-        """The recordings of an epoch, `(steps, speakers × utterances)`; a speaker's are next to each other."""
+        """The utterances of an epoch, `(steps, speakers × utterances)`; a speaker's are next to each other."""
         # a spawn key, because the seeds [seed, epoch] and [seed, epoch, 0] of another room give the same numbers
         generator = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
-        groups = [self._groups(recordings, generator) for recordings in self._recordings]
-        order = self._order(generator)
+        groups = np.empty((len(self._by_speaker), self._rounds, self.utterances), np.int64)
+        for group, own in zip(groups, self._by_speaker, strict=True):
+            group[:] = self._groups(own, generator)
         taken = np.zeros(len(groups), np.int64)
-        batches = []
-        for batch in order:
-            batches.append(np.concatenate([groups[speaker][taken[speaker]] for speaker in batch]))
-            taken[batch] += 1
-        return np.stack(batches)
+        batches = np.empty((self.steps, self.speakers, self.utterances), np.int64)
+        for batch, asked in zip(batches, self._order(generator), strict=True):
+            batch[:] = groups[asked, taken[asked]]
+            taken[asked] += 1
+        return batches.reshape(self.steps, -1)
 
-    def _groups(self, recordings: Indices, generator: np.random.Generator) -> Indices:
-        """One speaker's recordings as `(rounds, utterances)`: shuffled, and again from the start when they run out."""
-        whole = len(recordings) // self.utterances * self.utterances
+    def _groups(self, own: Indices, generator: np.random.Generator) -> Indices:
+        """One speaker's utterances as `(rounds, utterances)`: shuffled, and again from the start when they run out."""
+        whole = len(own) // self.utterances * self.utterances
         needed = -(-self._rounds * self.utterances // whole)
-        shuffled = [generator.permutation(recordings)[:whole] for _ in range(needed)]
+        shuffled = [generator.permutation(own)[:whole] for _ in range(needed)]
         return np.concatenate(shuffled).reshape(-1, self.utterances)[: self._rounds]
 
     def _order(self, generator: np.random.Generator) -> Indices:
         """The speakers of every batch, `(steps, speakers)`: round after round, none twice in a batch."""
-        queue = np.zeros(0, np.int64)
-        for _ in range(self._rounds):
-            pending = queue[len(queue) // self.speakers * self.speakers :]
-            shuffled = generator.permutation(len(self._recordings))
+        everyone = len(self._by_speaker)
+        queue = np.empty((self._rounds, everyone), np.int64)
+        for number in range(self._rounds):
+            waiting = number * everyone % self.speakers
+            pending = queue[number - 1, everyone - waiting :]
+            shuffled = generator.permutation(everyone)
             late = np.isin(shuffled, pending)  # those who wait in the unfinished batch do not join it a second time
-            queue = np.concatenate([queue, shuffled[~late], shuffled[late]])
-        return queue[: self.steps * self.speakers].reshape(self.steps, self.speakers)
+            queue[number] = np.concatenate([shuffled[~late], shuffled[late]])
+        return queue.reshape(-1)[: self.steps * self.speakers].reshape(self.steps, self.speakers)

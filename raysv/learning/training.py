@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raysv.config import Config
-from raysv.corpus.loading import Corpus, PairSet, load_corpus
-from raysv.distributed import gather, rank, wrap
+from raysv.corpus.loading import open_corpus
+from raysv.corpus.sets import Corpus, PairSet
+from raysv.distributed import agree, gather, rank, together, wrap
 from raysv.learning.checkpoint import Standing, load_training_state, save_checkpoint
 from raysv.learning.losses import AAMSupCon, Losses
 from raysv.learning.views import Batch, ViewBatches, loader, make_views
@@ -46,6 +48,7 @@ class Learner(nn.Module):
 
     def __init__(self, config: Config, num_speakers: int) -> None:
         super().__init__()
+        self.utterances = config.batch.size  # of the global batch
         self.encoder = SpeakerEncoder(config.model)
         self.loss = AAMSupCon(config.loss, num_speakers, config.model.embedding_dim)
 
@@ -53,7 +56,7 @@ class Learner(nn.Module):
         """The losses of all workers' views together, the same on every worker."""
         masks = BandMasks(*batch.masks.unbind(-1))
         embeddings = self.encoder(make_views(batch), masks=masks).unflatten(0, (-1, batch.views))
-        return self.loss(gather(embeddings.float()), gather(batch.speakers))
+        return self.loss(gather(embeddings.float(), self.utterances), gather(batch.speakers, self.utterances))
 
 
 def fit(
@@ -63,6 +66,7 @@ def fit(
     device: torch.device | None = None,
     resume: Path | None = None,
     tests: bool = False,
+    checked: Mapping[str, str] | None = None,
 ) -> None:
     """Train one configuration.
 
@@ -72,12 +76,19 @@ def fit(
         device: where to compute; the CPU if not given.
         resume: a checkpoint of this configuration to go on from.
         tests: whether to evaluate the test lists too, once, after the last epoch.
+        checked: the `digests` of the corpus, if somebody has checked it: it is then taken as it was found, and loaded
+            only on a node that does not have it.
 
     Raises: DivergedError when the loss becomes infinite or no number; ValueError when the data, the number of workers
         or the checkpoint do not fit.
     """
     device = device or torch.device("cpu")
-    corpus = load_corpus(config.data, config.augment, tests=tests)
+    corpus = together(lambda: open_corpus(config.data, config.augment, checked or {}, tests=tests))
+    if differing := [name for name, told in agree(corpus.digests).items() if told != corpus.digests.get(name)]:
+        raise ValueError(
+            f"Worker {rank()} finds other data below data.root than the first worker: {', '.join(differing)} differ. "
+            "Give every node the same copy of the corpus and its lists."
+        )
     run = _Run(config, corpus, device)
     history = run.restore(resume) if resume else []
     if len(history) >= config.training.epochs:
@@ -93,7 +104,7 @@ def fit(
         metrics |= dev.metrics("dev")
         if tests and epoch == config.training.epochs:
             for name, pairs in corpus.tests.items():
-                metrics |= run.evaluate(pairs, epoch).metrics(name)
+                metrics |= run.evaluate(pairs, epoch, np.random.default_rng(0)).metrics(name)
         history.append(metrics)
         if rank() > 0:
             report(metrics, None)
@@ -137,10 +148,10 @@ class _Run:
             "speed/epoch_seconds": seconds,
         }
 
-    def evaluate(self, pairs: PairSet, epoch: int) -> Evaluation:
-        """Judge the encoder as it is after an epoch."""
+    def evaluate(self, pairs: PairSet, epoch: int, generator: np.random.Generator | None = None) -> Evaluation:
+        """Judge the encoder as it is after an epoch, with the interval of its EER where there is a generator."""
         try:
-            return evaluate(self.learner.encoder, pairs)
+            return evaluate(self.learner.encoder, pairs, generator=generator)
         except NotFiniteError as error:
             raise DivergedError(f"Training diverged in epoch {epoch}: {error} {self._advice}", epoch) from error
 
@@ -203,9 +214,12 @@ def margin_at(config: Config, epochs: float) -> float:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What autocast computes in: bfloat16 where asked for, or where `auto` meets a GPU that has it."""
+    """What autocast computes in: bfloat16 where asked for, or where `auto` meets hardware that multiplies it."""
     if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_amx_tile_supported()  # where it is emulated, it is slower
         precision = "bf16" if fast else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
