@@ -140,6 +140,11 @@ class LossConfig(Section):
     temperature: float = knob(0.07, "temperature τ of SupCon; does not change the weight of the term", above=0)
     contrast_weight: float = knob(1.0, "weight λ of SupCon; 0 leaves AAM-Softmax alone", 0)
     aam_views: str = knob("all", "views that AAM-Softmax classifies", choices=("all", "first"))
+    fallback: str = knob(
+        "mm",
+        "line in place of cos(θ + m) where θ + m exceeds π: mm is cos θ − m·sin m, mmm is cos θ − (1 − cos m)",
+        choices=("mm", "mmm"),
+    )
     margin_warmup_epochs: float = knob(0.0, "epochs over which the margin grows from 0 to its value", 0)
 
 

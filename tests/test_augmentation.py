@@ -1,7 +1,10 @@
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -223,3 +226,66 @@ def test_the_speech_keeps_its_power_in_a_room():
     decay = torch.exp(-torch.arange(SAMPLE_RATE // 2) / 2000)
     wet = reverberate(waveform, 7 * decay * noise(1, len(decay), seed=1))
     torch.testing.assert_close(active_power(wet), active_power(waveform))
+
+
+real_recordings = pytest.mark.skipif(
+    not os.environ.get("RAYSV_DATA"), reason="RAYSV_DATA does not name the pack of real speech"
+)
+
+
+def recordings(pattern, count):
+    """Some recordings of the pack, from all over the files that match."""
+    files = sorted(Path(os.environ["RAYSV_DATA"]).glob(pattern))
+    return [torch.from_numpy(soundfile.read(file, dtype="float32")[0]) for file in files[:: len(files) // count]]
+
+
+def speech_power(waveform):
+    """The power of the speech, written down once more: 20 ms frames that are at most 30 dB below the loudest one."""
+    samples = waveform.double().numpy()
+    powers = np.array([np.mean(samples[start : start + 320] ** 2) for start in range(0, len(samples) - 319, 320)])
+    return powers[10 * np.log10(powers.max() / np.maximum(powers, 1e-20)) <= 30].mean()
+
+
+def speech_and_noise():
+    for corpus in ("speechocean762", "ravdess", "urdu"):
+        speech = recordings(f"speech/{corpus}/*/*.flac", 6)
+        yield from zip(speech, recordings("noise/*.flac", len(speech)), strict=False)
+
+
+@real_recordings
+@pytest.mark.parametrize("snr_db", [-5.0, 0.0, 7.3, 20.0])
+def test_real_noise_lies_below_real_speech_by_the_ratio_asked_for(snr_db):
+    pairs = list(speech_and_noise())
+    assert len(pairs) >= 18
+    for waveform, clip in pairs:
+        noise = clip[torch.arange(len(waveform)) % len(clip)]
+        added = (add_noise(waveform[None], noise[None], torch.tensor([snr_db])) - waveform)[0].double()
+        measured = 10 * np.log10(speech_power(waveform) / added.square().mean().item())
+        assert measured == pytest.approx(snr_db, abs=0.1)
+
+
+def real_rooms():
+    """All responses of the pack as views meet them: from their loudest sample on, a second at most."""
+    responses = recordings("rir/*.flac", 30)
+    assert len(responses) == 30
+    return [response[response.abs().argmax() :][:SAMPLE_RATE] for response in responses]
+
+
+@real_recordings
+def test_a_real_room_keeps_length_and_power_of_real_speech():
+    for waveform, room in zip(recordings("speech/speechocean762/*/*.flac", 30), real_rooms(), strict=False):
+        wet = reverberate(waveform[None], room[None])[0]
+        assert wet.shape == waveform.shape
+        assert speech_power(wet) == pytest.approx(speech_power(waveform), rel=1e-3)
+
+
+@real_recordings
+def test_a_click_in_a_real_room_becomes_its_response_beginning_where_the_click_was():
+    click = torch.zeros(1, 3 * SAMPLE_RATE)
+    click[0, 5000] = 0.5
+    for room in real_rooms():
+        wet = reverberate(click, room[None])[0]
+        assert wet.abs().argmax() == 5000
+        expected = torch.zeros_like(wet)
+        expected[5000 : 5000 + len(room)] = room / room[0]
+        torch.testing.assert_close(wet / wet[5000], expected, rtol=0, atol=1e-5)

@@ -1,4 +1,8 @@
+import os
+from pathlib import Path
+
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +39,19 @@ def test_fbank_is_that_of_kaldi(samples):
 def test_fbank_of_another_number_of_mels_is_that_of_kaldi():
     waveform = speech(8000)
     torch.testing.assert_close(Fbank(mels=40)(waveform), kaldi_fbank(waveform, 40), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not os.environ.get("RAYSV_DATA"), reason="RAYSV_DATA does not name the pack of real speech")
+@pytest.mark.parametrize("corpus", ["speechocean762", "ravdess", "urdu"])
+def test_fbank_of_real_speech_is_that_of_kaldi_also_in_a_batch(corpus):
+    speakers = sorted(path for path in Path(os.environ["RAYSV_DATA"], "speech", corpus).iterdir() if path.is_dir())
+    files = [sorted(speaker.rglob("*.flac"))[0] for speaker in speakers[:: len(speakers) // 10]]
+    waveforms = [torch.from_numpy(soundfile.read(file, dtype="float32")[0]) for file in files]
+    fbank = Fbank()
+    for waveform in waveforms:
+        torch.testing.assert_close(fbank(waveform), kaldi_fbank(waveform), rtol=0, atol=1e-4)
+    crops = torch.stack([waveform[:32_000] for waveform in waveforms])
+    torch.testing.assert_close(fbank(crops), torch.stack([kaldi_fbank(crop) for crop in crops]), rtol=0, atol=1e-4)
 
 
 def test_a_constant_offset_leaves_no_trace():

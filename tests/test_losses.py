@@ -76,18 +76,23 @@ def slow_supcon(embeddings: Tensor, speakers: Tensor, temperature: float) -> flo
     return total / len(points)
 
 
-def slow_aam(embeddings: Tensor, weight: Tensor, speakers: Tensor, margin: float, scale: float) -> float:
-    total = 0.0
+def slow_aam(
+    embeddings: Tensor, weight: Tensor, speakers: Tensor, margin: float, scale: float, fallback: str = "mm"
+) -> Tensor:
+    """The definition, with angles; differentiable where no angle is 0 or π."""
+    losses = []
     for embedding, speaker in zip(embeddings, speakers.tolist(), strict=True):
-        logits = []
-        for k, row in enumerate(weight):
-            cosine = float(embedding @ row / embedding.norm() / row.norm())
-            angle = math.acos(cosine)
-            if k == speaker:
-                cosine = math.cos(angle + margin) if angle + margin <= math.pi else cosine - margin * math.sin(margin)
-            logits.append(scale * cosine)
-        total += math.log(sum(math.exp(logit - logits[speaker]) for logit in logits))
-    return total / len(embeddings)
+        cosines = weight @ embedding / weight.norm(dim=1) / embedding.norm()
+        angle = cosines[speaker].acos()
+        if angle + margin <= math.pi:
+            own = (angle + margin).cos()
+        elif fallback == "mm":
+            own = cosines[speaker] - margin * math.sin(margin)
+        else:
+            own = cosines[speaker] - (1 - math.cos(margin))
+        others = torch.cat([cosines[:speaker], cosines[speaker + 1 :]])
+        losses.append((scale * (others - own)).exp().sum().log1p())
+    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,7 +123,7 @@ def test_aam_agrees_with_published_code(inputs, row, dtype):
     loss_tolerance, gradient_tolerance = DTYPES[dtype]
     embeddings, speakers = tensors(inputs, dtype)
     aam = head(inputs, row, dtype)
-    loss = aam(embeddings, speakers)
+    loss, _ = aam(embeddings, speakers)
     loss.backward()
     assert_close(loss.detach(), row["loss"], loss_tolerance)
     if "grad_wrt_raw_embeddings" in row:
@@ -131,7 +136,7 @@ def test_aam_agrees_with_published_code(inputs, row, dtype):
 @pytest.mark.parametrize(("inputs", "row"), rows_of("aam_fallback_theta_plus_m_over_pi"))
 def test_both_published_lines_take_over_beyond_pi(inputs, row, fallback, dtype):
     embeddings, speakers = tensors(inputs, dtype)
-    loss = head(inputs, row, dtype, fallback)(embeddings, speakers)
+    loss, _ = head(inputs, row, dtype, fallback)(embeddings, speakers)
     loss.backward()
     assert_close(loss.detach(), row[f"loss_fallback_{fallback}"], DTYPES[dtype][0])
     assert embeddings.grad.isfinite().all()  # the last row is its class weight
@@ -160,6 +165,17 @@ def test_the_sum_agrees_with_the_published_parts(inputs, row, dtype):
         assert_close(criterion.aam.weight.grad, row["grad_total_wrt_raw_class_weights"], gradient_tolerance)
 
 
+@pytest.mark.parametrize("fallback", ["mm", "mmm"])
+@pytest.mark.parametrize(("inputs", "row"), rows_of("aam_fallback_theta_plus_m_over_pi"))
+def test_the_configuration_says_which_line_takes_over(inputs, row, fallback):
+    embeddings, speakers = tensors(inputs, torch.float64)
+    weight = torch.tensor(inputs["class_weights_raw"], dtype=torch.float64)
+    config = LossConfig(margin=row["margin"], scale=row["scale"], contrast_weight=0, fallback=fallback)
+    criterion = AAMSupCon(config, *weight.shape).double()
+    criterion.aam.weight.data.copy_(weight)
+    assert_close(criterion(embeddings[:, None], speakers).total.detach(), row[f"loss_fallback_{fallback}"], 1e-9)
+
+
 @pytest.mark.parametrize(("inputs", "row"), rows_of("aamsupcon_2view_unequal"))
 def test_aam_classifies_all_views_unless_told_otherwise(inputs, row):
     embeddings, speakers = tensors(inputs, torch.float64)
@@ -174,8 +190,36 @@ def test_both_losses_equal_a_slow_obvious_reference(seed):
     embeddings, speakers = random_batch(7, 1 + seed % 3, 5, speakers=4, seed=seed)
     assert_close(supcon_loss(embeddings, speakers, 0.1), slow_supcon(embeddings, speakers, 0.1), 1e-9)
     aam = AAMSoftmax(4, 5, 0.3, 20.0).double()
-    expected = slow_aam(embeddings[:, 0], aam.weight.detach(), speakers, 0.3, 20.0)
-    assert_close(aam(embeddings[:, 0], speakers).detach(), expected, 1e-9)
+    loss, _ = aam(embeddings[:, 0], speakers)
+    torch.testing.assert_close(loss, slow_aam(embeddings[:, 0], aam.weight, speakers, 0.3, 20.0), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("margin", [0.2, 0.5, 1.5])
+@pytest.mark.parametrize("fallback", ["mm", "mmm"])
+def test_values_and_gradients_are_those_of_the_definition_on_both_sides_of_pi(fallback, margin):
+    embeddings, speakers = random_batch(8, 1, 3, speakers=4)
+    aam = AAMSoftmax(4, 3, margin, 20.0, fallback).double()
+    towards = torch.where(torch.arange(8) < 4, -1.0, 1.0)[:, None]  # half of them lie close to the opposite side
+    rows = (towards * aam.weight.detach()[speakers] + 0.05 * embeddings[:, 0]).requires_grad_()
+    loss, _ = aam(rows, speakers)
+    expected = slow_aam(rows, aam.weight, speakers, margin, 20.0, fallback)
+    for_rows, for_weight = torch.autograd.grad(loss, (rows, aam.weight))
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    expected_rows, expected_weight = torch.autograd.grad(expected, (rows, aam.weight))
+    torch.testing.assert_close(for_rows, expected_rows, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(for_weight, expected_weight, rtol=1e-9, atol=1e-9)
+
+
+def test_an_angle_of_exactly_pi_less_the_margin_is_still_widened():
+    # cos θ and −cos m are the same number here; widened, the own cosine is −1, on the other side of mm −1.02
+    margin = math.acos(0.75)
+    aam = AAMSoftmax(2, 2, margin, 1.0).double()
+    aam.weight.data.copy_(torch.eye(2))
+    sine = math.sqrt(1 - 0.75**2)
+    own = torch.tensor([[-math.cos(margin), sine]], dtype=torch.float64)
+    assert own[0, 0] / own.norm() == -math.cos(margin)
+    loss, _ = aam(own, torch.tensor([0]))
+    assert_close(loss.detach(), math.log1p(math.exp(sine + 1)), 1e-9)
 
 
 def test_gradients_pass_a_numerical_check():
@@ -201,6 +245,34 @@ def test_the_length_of_an_embedding_does_not_matter():
     criterion = AAMSupCon(LossConfig(), 3, 5).double()
     lengths = torch.rand(6, 2, 1, dtype=torch.float64) * 100 + 0.01
     torch.testing.assert_close(criterion(embeddings * lengths, speakers), criterion(embeddings, speakers))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1e-30, 1e-15, 1e15, 1e30])
+def test_very_short_and_very_long_embeddings_are_worth_the_same(length, dtype):
+    embeddings, speakers = random_batch(6, 2, 5, speakers=3)
+    criterion = AAMSupCon(LossConfig(), 3, 5).to(dtype)
+    ordinary = embeddings.to(dtype).requires_grad_()
+    criterion(ordinary, speakers).total.backward()
+    extreme = (ordinary.detach() * length).requires_grad_()
+    losses = criterion(extreme, speakers)
+    losses.total.backward()
+    torch.testing.assert_close(losses, criterion(ordinary, speakers))
+    torch.testing.assert_close(extreme.grad * length, ordinary.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_an_embedding_of_zeros_gets_no_gradient_and_disturbs_no_other():
+    embeddings, speakers = random_batch(6, 2, 5, speakers=3)
+    embeddings = embeddings.float()
+    embeddings[2, 1] = 0
+    embeddings.requires_grad_()
+    criterion = AAMSupCon(LossConfig(temperature=0.03), 3, 5)
+    losses = criterion(embeddings, speakers)
+    losses.total.backward()
+    assert losses.total.isfinite()
+    assert torch.equal(embeddings.grad[2, 1], torch.zeros(5))
+    assert 0 < embeddings.grad.norm() < 1e3
+    assert criterion.aam.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [0.03, 0.07, 0.5])
@@ -236,6 +308,41 @@ def test_contrast_stays_finite_for_parallel_and_opposite_embeddings_at_a_tiny_te
     assert embeddings.grad.abs().max() < 1e4
 
 
+@pytest.mark.parametrize("views", [2, 3, 5])
+def test_a_batch_of_one_utterance_contrasts_its_views(views):
+    embeddings, _ = random_batch(1, views, 4, speakers=1)
+    embeddings.requires_grad_()
+    loss = supcon_loss(embeddings, torch.tensor([5]), 0.07)
+    loss.backward()
+    assert_close(loss.detach(), slow_supcon(embeddings.detach(), [5], 0.07), 1e-9)
+    assert embeddings.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("views", [1, 2, 4, 5])
+def test_values_hold_at_the_smallest_temperature_for_any_number_of_views(views, dtype):
+    embeddings, speakers = random_batch(7, views, 5, speakers=3)
+    expected = slow_supcon(embeddings, speakers, 0.01)
+    assert_close(supcon_loss(embeddings.to(dtype), speakers, 0.01), expected, DTYPES[dtype][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fallback", ["mm", "mmm"])
+def test_cosines_of_exactly_one_and_minus_one_have_their_values_and_finite_gradients(fallback, dtype):
+    # axes, so that nothing is rounded: the own cosines are 1 and −1, all others 0
+    margin = 0.3
+    aam = AAMSoftmax(4, 4, margin, 10.0, fallback).to(dtype)
+    aam.weight.data.copy_(torch.eye(4))
+    embeddings = torch.stack([torch.eye(4)[0], -torch.eye(4)[1]]).to(dtype).requires_grad_()
+    loss, accuracy = aam(embeddings, torch.tensor([0, 1]))
+    loss.backward()
+    drop = margin * math.sin(margin) if fallback == "mm" else 1 - math.cos(margin)
+    logits = [10 * math.cos(margin), 10 * (-1 - drop)]
+    assert_close(loss.detach(), sum(math.log1p(3 * math.exp(-logit)) for logit in logits) / 2, DTYPES[dtype][0])
+    assert accuracy == 0.5
+    assert embeddings.grad.isfinite().all() and aam.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("margin", [0.0, 0.2, 0.5])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_gradient_is_finite_and_bounded_where_embeddings_meet_their_class_weights(sign, margin):
@@ -243,7 +350,7 @@ def test_gradient_is_finite_and_bounded_where_embeddings_meet_their_class_weight
     aam = AAMSoftmax(200, 192, margin, 30.0)
     embeddings = sign * aam.weight.detach() * (0.1 + torch.rand(200, 1, generator=generator))
     embeddings.requires_grad_()
-    loss = 200 * aam(embeddings, torch.arange(200))
+    loss = 200 * aam(embeddings, torch.arange(200))[0]
     loss.backward()
     assert loss.isfinite()
     for points in (embeddings, aam.weight):
@@ -256,7 +363,7 @@ def test_small_angles_lose_no_precision_in_float32(angle):
     # √(1 − cos²) would be wrong in the fourth decimal here.
     aam = AAMSoftmax(2, 2, margin=0.5, scale=1.0)
     aam.weight.data.copy_(torch.eye(2))
-    loss = aam(torch.tensor([[math.cos(angle), math.sin(angle)]]), torch.tensor([0]))
+    loss, _ = aam(torch.tensor([[math.cos(angle), math.sin(angle)]]), torch.tensor([0]))
     expected = math.log1p(math.exp(math.sin(angle) - math.cos(angle + 0.5)))
     assert loss.item() == pytest.approx(expected, abs=3e-7)
 
@@ -269,7 +376,7 @@ def test_loss_grows_with_the_angle_all_the_way(fallback):
     embeddings = torch.stack(
         [angles.cos(), angles.sin(), torch.zeros_like(angles)], dim=1
     )  # at right angles to class 1
-    losses = torch.stack([aam(embedding[None], torch.tensor([0])) for embedding in embeddings])
+    losses = torch.stack([aam(embedding[None], torch.tensor([0]))[0] for embedding in embeddings])
     assert (losses.diff() > 0).all()
 
 
@@ -278,8 +385,8 @@ def test_accuracy_is_without_the_margin():
     aam.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     embeddings = torch.tensor([[1.0, 0.9], [0.9, 1.0], [1.0, 0.9], [0.0, -1.0]])
     speakers = torch.tensor([0, 1, 1, 0])
-    assert aam.accuracy(embeddings, speakers) == 0.75
-    assert aam(embeddings[:2], speakers[:2]) > math.log(2)  # with the margin, both would count as wrong
+    assert aam(embeddings, speakers)[1] == 0.75
+    assert aam(embeddings[:2], speakers[:2])[0] > math.log(2)  # with the margin, both would count as wrong
 
 
 def test_margin_set_between_steps_changes_the_loss():

@@ -78,10 +78,13 @@ class AAMSoftmax(nn.Module):
         self.fallback = fallback
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_speakers, embedding_dim)))
 
-    def forward(self, embeddings: Tensor, speakers: Tensor) -> Tensor:
-        """The mean cross-entropy of embeddings `(n, dim)` whose speakers are `(n,)`, each below `num_speakers`."""
+    def forward(self, embeddings: Tensor, speakers: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy and accuracy of embeddings `(n, dim)` whose speakers are `(n,)`, below `num_speakers`.
+
+        The accuracy is the share of embeddings closest to their own class weight, without the margin.
+        """
         with torch.autocast(embeddings.device.type, enabled=False):
-            unit, weight = _unit(embeddings), _unit(self.weight)
+            unit, weight = _unit(embeddings), F.normalize(_exact(self.weight), dim=1)
             cosines = unit @ weight.T
             own = cosines.gather(1, speakers[:, None])
             # The distance to the class's axis is sin θ. Unlike √(1 − cos²), it is exact for small angles and has a
@@ -89,22 +92,17 @@ class AAMSoftmax(nn.Module):
             sine = torch.linalg.vector_norm(unit - own * weight[speakers], dim=1, keepdim=True)
             widened = own * math.cos(self.margin) - sine * math.sin(self.margin)
             drop = self.margin * math.sin(self.margin) if self.fallback == "mm" else 1 - math.cos(self.margin)
-            target = torch.where(own > -math.cos(self.margin), widened, own - drop)
-            return F.cross_entropy(self.scale * cosines.scatter(1, speakers[:, None], target), speakers)
-
-    @torch.no_grad()
-    def accuracy(self, embeddings: Tensor, speakers: Tensor) -> Tensor:
-        """The share of embeddings `(n, dim)` closest to their own class weight, without the margin."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            nearest = (_unit(embeddings) @ _unit(self.weight).T).argmax(1)
-            return (nearest == speakers).float().mean()
+            target = torch.where(own >= -math.cos(self.margin), widened, own - drop)
+            loss = F.cross_entropy(self.scale * cosines.scatter(1, speakers[:, None], target), speakers)
+            return loss, (cosines.detach().argmax(1) == speakers).float().mean()
 
 
 class AAMSupCon(nn.Module):
     """AAM-Softmax plus `contrast_weight` times SupCon.
 
     Args:
-        config: margin, scale, temperature, weight of the contrast and which views AAM-Softmax classifies.
+        config: margin, scale and fall-back of AAM-Softmax and which views it classifies; temperature and weight of the
+            contrast.
         num_speakers: speakers of the training list, which the data tell.
         embedding_dim: length of an embedding.
 
@@ -114,7 +112,7 @@ class AAMSupCon(nn.Module):
     def __init__(self, config: LossConfig, num_speakers: int, embedding_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.aam = AAMSoftmax(num_speakers, embedding_dim, config.margin, config.scale)
+        self.aam = AAMSoftmax(num_speakers, embedding_dim, config.margin, config.scale, config.fallback)
 
     @property
     def margin(self) -> float:
@@ -130,8 +128,7 @@ class AAMSupCon(nn.Module):
         classified = embeddings if self.config.aam_views == "all" else embeddings[:, :1]
         labels = speakers.repeat_interleave(classified.shape[1])
         rows = classified.flatten(0, 1)
-        aam = self.aam(rows, labels)
-        accuracy = self.aam.accuracy(rows, labels)
+        aam, accuracy = self.aam(rows, labels)
         if self.config.contrast_weight == 0:
             return Losses(aam, aam, aam.new_zeros(()), accuracy)
         supcon = supcon_loss(embeddings, speakers, self.config.temperature)
@@ -139,5 +136,12 @@ class AAMSupCon(nn.Module):
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    exact = vectors if vectors.dtype == torch.float64 else vectors.float()
-    return F.normalize(exact, dim=-1)
+    """Vectors of length one, however short or long they were; zeros, without a direction, stay and get no gradient."""
+    exact = _exact(vectors)
+    # Length is about to be lost anyway: scaled first, the squares of the entries neither vanish nor overflow.
+    largest = exact.detach().abs().amax(-1, keepdim=True)
+    return F.normalize(exact / largest.masked_fill(largest == 0, math.inf), dim=-1)
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
