@@ -17,6 +17,7 @@ import itertools
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from raysv.config import parse_settings, read_yaml, with_values
@@ -25,6 +26,7 @@ from raysv.search.space import Space, space_from_dict
 from raysv.search.study import BEST_FILE, Study, find_study, load_space, open_study, read_study, started
 from raysv.search.tuner import check_data, run_study
 from raysv.search.wording import python, shown
+from raysv.verification.metrics import INTERVAL_LEVEL
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,13 +118,22 @@ def _conclude(study: Study, folder: Path) -> int:
     width = max(map(len, lists))
     print()
     for name in lists:
-        rates = {
-            key.rpartition("_")[2]: value for key, value in run.metrics.items() if key.startswith(f"{name}/min_dcf")
-        }
-        costs = "   ".join(f"minDCF({prior}) {cost:.3f}" for prior, cost in rates.items())
-        print(f"{name.ljust(width)}   EER {100 * run.metrics[f'{name}/eer']:5.2f} %   {costs}")
+        print(f"{name.ljust(width)}   {_worded(run.metrics, name)}")
     print(f"\nEncoder  {checkpoint}\n\nNext:\n  {python()} -m raysv.verify {shown(checkpoint)} a.wav b.wav")
     return 0
+
+
+def _worded(metrics: Mapping[str, float], name: str) -> str:
+    """What a list's metrics come to; dev pairs, which the encoder was watched on, have no interval."""
+    parts = [f"EER {100 * metrics[f'{name}/eer']:5.2f} %"]
+    start = f"{name}/min_dcf_"
+    parts += [f"minDCF({key.removeprefix(start)}) {cost:.3f}" for key, cost in metrics.items() if key.startswith(start)]
+    if f"{name}/eer_low" in metrics:
+        low, high = (100 * metrics[f"{name}/eer_{end}"] for end in ("low", "high"))
+        parts.append(f"{100 * INTERVAL_LEVEL:g} % interval of the EER {low:.1f} to {high:.1f} %")
+    elif name != "dev":
+        parts.append("no interval: too few speakers")
+    return "   ".join(parts)
 
 
 if __name__ == "__main__":

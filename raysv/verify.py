@@ -4,9 +4,12 @@
     python -m raysv.verify results/RUN/checkpoint pairs.txt --root /corpora/cnceleb --scores scores.txt
     python -m raysv.verify results/RUN/checkpoint test_pairs.txt --root /corpora/cnceleb --enrolments enrolments.txt
     python -m raysv.verify results/RUN/checkpoint pairs.txt --root /corpora/cnceleb --cohort train.csv
+    python -m raysv.verify results/RUN/checkpoint pairs.txt --root /corpora/cnceleb --cohort dev.csv --centre dev.csv
 
 Two recordings give a score and a verdict at the threshold that was set on the dev pairs. A pair list (`1 enrol test`,
-`enrol test target|nontarget` or `enrol test 1|0`) gives EER and minDCF; a cohort normalises its scores with AS-Norm.
+`enrol test target|nontarget` or `enrol test 1|0`) gives EER and minDCF, and between what the EER would lie if other
+speakers had been recorded: 90 % of draws of the list's speakers, as far as lists and pairs say who they are. A list
+to centre on takes the mean of its recordings' embeddings from all others; a cohort normalises the scores with AS-Norm.
 """
 
 from __future__ import annotations
@@ -15,16 +18,19 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from raysv.config import DataConfig
 from raysv.corpus.audio import FULL_SCALE, BadAudio, read_audio
-from raysv.corpus.loading import cache_folder, load_pairs
+from raysv.corpus.cache import cache_folder
+from raysv.corpus.loading import load_pairs
 from raysv.corpus.utterances import read_utterances
 from raysv.learning.checkpoint import describe_checkpoint, load_encoder
 from raysv.speech.encoder import SpeakerEncoder
-from raysv.verification.evaluation import cohort_embeddings, evaluate
-from raysv.verification.scoring import cosine_scores
+from raysv.verification.evaluation import FEWEST_SPEAKERS, Interval, embed_utterances, evaluate, speaker_means
+from raysv.verification.metrics import INTERVAL_LEVEL
+from raysv.verification.scoring import centre, cosine_scores
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--enrolments", nargs="+", default=[], help="lists, below --root, of enrolments of several recordings"
     )
+    parser.add_argument("--centre", type=Path, help="utterance list whose mean is subtracted, for example --cohort's")
     parser.add_argument("--cohort", type=Path, help="utterance list for AS-Norm, for example the training list")
     parser.add_argument("--top", type=int, default=300, help="cohort speakers that AS-Norm compares with")
     parser.add_argument("--scores", type=Path, help="where to write a pair list's scores (default: PAIRS.scores)")
@@ -61,8 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _verify_recordings(chosen: argparse.Namespace) -> None:
-    if chosen.cohort:
-        raise ValueError("--cohort goes with a pair list: the threshold for two recordings is one of plain cosines.")
+    for option in ("cohort", "centre"):
+        if getattr(chosen, option):
+            raise ValueError(
+                f"--{option} goes with a pair list: the threshold for two recordings is one of plain cosines."
+            )
     encoder = load_encoder(chosen.checkpoint)
     _, description = describe_checkpoint(chosen.checkpoint)
     waveforms = []
@@ -82,8 +92,8 @@ def _verify_list(chosen: argparse.Namespace) -> None:
     pairs_file = chosen.inputs[0]
     root = (chosen.root or pairs_file.parent).expanduser().absolute()
     pairs, listed = load_pairs(pairs_file, root, cache_folder(DataConfig()), chosen.utterances, chosen.enrolments)
-    cohort = _cohort(encoder, chosen.cohort, root) if chosen.cohort else None
-    result = evaluate(encoder, pairs, cohort, chosen.top)
+    mean, cohort = _populations(encoder, chosen, root)
+    result = evaluate(encoder, pairs, cohort, chosen.top, mean=mean, generator=np.random.default_rng(0))
     target = chosen.scores or pairs_file.with_name(f"{pairs_file.name}.scores")
     with target.open("w", encoding="utf-8") as file:
         file.writelines(
@@ -92,11 +102,28 @@ def _verify_list(chosen: argparse.Namespace) -> None:
         )
     costs = "   ".join(f"minDCF({prior:g}) {cost:.4f}" for prior, cost in result.rates.min_dcf.items())
     count = f"{len(listed)} pairs of {len(pairs.store)} recordings"
-    print(f"EER {100 * result.rates.eer:.2f} %   {costs}   {count}, scores in {target}")
+    print(f"EER {100 * result.rates.eer:.2f} % ({_worded(result.interval)})   {costs}   {count}, scores in {target}")
 
 
-def _cohort(encoder: SpeakerEncoder, file: Path, root: Path) -> torch.Tensor:
-    return cohort_embeddings(encoder, read_utterances(file, root), cache_folder(DataConfig()))
+def _populations(
+    encoder: SpeakerEncoder, chosen: argparse.Namespace, root: Path
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mean to centre on and the cohort, whichever were asked for; a list that is both is embedded once."""
+    lists = {file: read_utterances(file, root) for file in {chosen.centre, chosen.cohort} - {None}}
+    cache = cache_folder(DataConfig())
+    embeddings = {file: embed_utterances(encoder, utterances, cache) for file, utterances in lists.items()}
+    mean = embeddings[chosen.centre].mean(0) if chosen.centre else None
+    if not chosen.cohort:
+        return mean, None
+    spoken = embeddings[chosen.cohort]
+    return mean, speaker_means(spoken if mean is None else centre(spoken, mean), lists[chosen.cohort])
+
+
+def _worded(interval: Interval | None) -> str:
+    if interval is None:
+        return f"no interval: fewer than {FEWEST_SPEAKERS} speakers"
+    low, high = 100 * interval.low, 100 * interval.high
+    return f"{100 * INTERVAL_LEVEL:g} % interval {low:.1f} to {high:.1f} over {interval.speakers} speakers"
 
 
 if __name__ == "__main__":

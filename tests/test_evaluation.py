@@ -1,5 +1,6 @@
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,18 +13,22 @@ import torch.nn.functional as F
 from encoder_fixtures import tiny_encoder
 from learning_fixtures import DEV, UTTERANCES, tiny_config, write_corpus
 
-from raysv.corpus.loading import PairSet, load_corpus
+from raysv.corpus.groups import Groups
+from raysv.corpus.loading import load_corpus
+from raysv.corpus.sets import PairSet
 from raysv.corpus.store import open_store
 from raysv.corpus.utterances import Utterance
 from raysv.verification import evaluation
 from raysv.verification.evaluation import (
     NotFiniteError,
-    cohort_embeddings,
+    eer_interval,
     embed_recordings,
+    embed_utterances,
     evaluate,
     pair_embeddings,
+    speaker_means,
 )
-from raysv.verification.metrics import eer, min_dcf
+from raysv.verification.metrics import bootstrap_eer, eer, min_dcf
 from raysv.verification.scoring import as_norm
 
 RECORDINGS = len(DEV) * UTTERANCES["dev"]
@@ -68,7 +73,7 @@ def counting(encoder, monkeypatch):
 
 def pairs_of(store, models, rows):
     enrolment, test, same_speaker = np.array(rows).T
-    return PairSet(store, [np.array(parts) for parts in models], enrolment, test, same_speaker.astype(bool))
+    return PairSet(store, Groups.of(models), enrolment, test, same_speaker.astype(bool), np.arange(len(store)))
 
 
 def test_scores_are_the_cosines_of_recordings_embedded_alone(encoder, dev, embeddings):
@@ -124,12 +129,47 @@ def test_a_model_of_several_recordings_is_the_mean_of_their_directions(encoder, 
     np.testing.assert_allclose(evaluate(encoder, pairs).scores, expected, atol=1e-5)
 
 
-def test_only_what_the_pairs_name_is_compared(encoder, dev):
-    pairs = pairs_of(dev.store, [[4], [5], [6]], [(2, 9, 1), (0, 9, 0), (2, 3, 0)])
+def test_embeddings_are_those_of_the_models_and_then_of_the_recordings(encoder, dev):
+    pairs = pairs_of(dev.store, [[4], [5, 6], [6]], [(2, 9, 1), (1, 9, 0), (2, 3, 0)])
     compared, enrolment, test = pair_embeddings(encoder, pairs)
-    everything = embed_recordings(encoder, dev.store)
-    torch.testing.assert_close(F.normalize(compared), F.normalize(everything[[4, 6, 3, 9]]), rtol=0, atol=1e-6)
-    assert (enrolment.tolist(), test.tolist()) == ([1, 0, 1], [3, 3, 2])
+    everything = F.normalize(embed_recordings(encoder, dev.store))
+    expected = torch.stack([everything[6], everything[5:7].mean(0), everything[6]])
+    torch.testing.assert_close(compared[enrolment], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(F.normalize(compared[test]), everything[[9, 9, 3]], rtol=0, atol=1e-6)
+
+
+def test_centring_takes_the_mean_from_recordings_before_models_are_made_of_them(encoder, dev):
+    pairs = pairs_of(dev.store, [[0, 1], [5]], [(0, 3, 1), (1, 3, 0), (0, 7, 0)])
+    embeddings = embed_recordings(encoder, dev.store)
+    mean = embeddings[10:].mean(0)
+    rows = F.normalize(embeddings - mean, dim=1)
+    model = F.normalize(rows[:2].mean(0), dim=0)
+    expected = [model @ rows[3], rows[5] @ rows[3], model @ rows[7]]
+    np.testing.assert_allclose(evaluate(encoder, pairs, mean=mean).scores, expected, atol=1e-5)
+
+
+def speakers_of(pairs, count):
+    """The pairs as if that many speakers had taken turns in the recordings."""
+    return replace(pairs, speakers=np.arange(len(pairs.store)) % count)
+
+
+def test_the_interval_is_that_of_drawing_the_speakers_of_both_sides(encoder, dev):
+    pairs = speakers_of(dev, 6)
+    result = evaluate(encoder, pairs, generator=np.random.default_rng(3))
+    enrolment = np.array([pairs.speakers[pairs.models[model][0]] for model in pairs.enrolment])
+    test = pairs.speakers[pairs.test]
+    expected = bootstrap_eer(result.scores, pairs.same_speaker, enrolment, test, np.random.default_rng(3))
+    assert result.interval == (*expected, 6)
+    metrics = result.metrics("test")
+    assert (metrics["test/eer_low"], metrics["test/eer_high"]) == expected
+    assert metrics.keys() - evaluate(encoder, pairs).metrics("test").keys() == {"test/eer_low", "test/eer_high"}
+
+
+@pytest.mark.parametrize(("count", "there"), [(1, False), (4, False), (5, True)])
+def test_few_speakers_give_no_interval(dev, count, there):
+    scores = np.linspace(0, 1, len(dev.test))
+    interval = eer_interval(scores, speakers_of(dev, count), np.random.default_rng(0))
+    assert (interval is not None) is there
 
 
 def test_a_cohort_normalises_the_scores(encoder, dev, root, embeddings):
@@ -155,10 +195,10 @@ def test_a_cohort_has_the_mean_direction_of_each_speaker(encoder, dev, embedding
     torch.testing.assert_close(cohort, expected, rtol=0, atol=1e-5)
 
 
-def test_an_unusable_recording_in_a_cohort_is_refused(encoder, root, tmp_path):
+def test_an_unusable_recording_in_a_list_to_normalise_by_is_refused(encoder, root, tmp_path):
     utterances = [*train_list(root)[:2], Utterance("gone", "somebody", tmp_path / "gone.wav")]
-    with pytest.raises(ValueError, match=r"1 of 3 recordings of the cohort cannot be used, first .*gone\.wav: "):
-        cohort_embeddings(encoder, utterances, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"1 of 3 recordings to normalise by cannot be used, first .*gone\.wav: "):
+        embed_utterances(encoder, utterances, tmp_path / "cache")
 
 
 def test_recordings_left_out_of_the_pairs_disturb_no_normalisation(encoder, root, tmp_path):
@@ -176,6 +216,10 @@ def test_embeddings_that_are_no_numbers_are_refused(dev):
         broken.ecapa.embedding.bias[0] = torch.nan
     with pytest.raises(NotFiniteError, match=f"embeddings of {RECORDINGS} of {RECORDINGS} recordings hold NaN"):
         evaluate(broken, dev)
+
+
+def cohort_embeddings(encoder, utterances, cache):
+    return speaker_means(embed_utterances(encoder, utterances, cache), utterances)
 
 
 def train_list(root):

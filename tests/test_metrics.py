@@ -63,11 +63,22 @@ def test_ties_cost_what_guessing_between_them_costs():
     assert eer([0.3] * 10, [True] * 3 + [False] * 7) == 0.5
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("sign", "expected"), [(1, 0.0), (-1, 1.0)])
-def test_perfect_and_inverted_scores(sign, expected):
-    scores, same = sign * np.arange(10), np.arange(10) >= 6
+def test_perfect_and_inverted_scores(sign, expected, dtype):
+    scores, same = sign * np.arange(10, dtype=dtype), np.arange(10) >= 6
     assert eer(scores, same) == expected
     assert min_dcf(scores, same, 0.05) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("score", [0.3, -math.inf, math.inf])
+def test_constant_scores_are_worth_a_guess(score, dtype):
+    scores, same = np.full(10, score, dtype), np.arange(10) >= 6
+    rates = error_rates(scores, same)
+    assert rates.eer == pytest.approx(0.5, abs=1e-12)
+    assert set(rates.min_dcf.values()) == {1.0}
+    assert rates.threshold == dtype(score)
 
 
 @settings(deadline=None)
@@ -189,17 +200,38 @@ def speaker_pairs(generator, speakers=12, per_speaker=3):
     return np.round(scores, 1), same, enrolment, test
 
 
-def test_bootstrap_equals_repeating_the_pairs_of_the_drawn_speakers():
-    scores, same, enrolment, test = speaker_pairs(np.random.default_rng(3))
-    rounds = 40
-    low, high = bootstrap_eer(scores, same, enrolment, test, np.random.default_rng(7), rounds, level=0.8)
-    generator = np.random.default_rng(7)
+def slow_interval(scores, same, enrolment, test, generator, rounds, level):
+    """Every round by itself: its pairs as often as they count, sorted anew."""
+    names = np.unique([enrolment, test])
+    enrolment, test = np.searchsorted(names, enrolment), np.searchsorted(names, test)
     rates = []
-    for _ in range(rounds):
-        counts = generator.multinomial(12, [1 / 12] * 12)
+    while len(rates) < rounds:
+        counts = generator.multinomial(len(names), np.full(len(names), 1 / len(names)))
         times = np.where(same, counts[enrolment], counts[enrolment] * counts[test])
-        rates.append(eer(np.repeat(scores, times), np.repeat(same, times)))
-    assert (low, high) == pytest.approx(np.quantile(rates, [0.1, 0.9]), abs=1e-12)
+        drawn = np.repeat(same, times)
+        if drawn.any() and not drawn.all():
+            rates.append(eer(np.repeat(scores, times), drawn))
+    return np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+
+
+@pytest.mark.parametrize(("speakers", "per_speaker"), [(12, 3), (4, 40), (40, 2)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bootstrap_equals_repeating_the_pairs_of_the_drawn_speakers(speakers, per_speaker, dtype):
+    scores, same, enrolment, test = speaker_pairs(np.random.default_rng(3), speakers, per_speaker)
+    pairs = scores.astype(dtype), same, enrolment, test
+    expected = slow_interval(*pairs, np.random.default_rng(7), 40, 0.8)
+    assert bootstrap_eer(*pairs, np.random.default_rng(7), 40, 0.8) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=60)
+@given(scored_pairs(), st.integers(2, 6), st.integers(0, 99))
+def test_bootstrap_equals_brute_force_whatever_is_tied_or_infinite(pairs, speakers, seed):
+    scores, same = pairs
+    enrolment, test = np.random.default_rng(seed).integers(speakers, size=(2, len(scores)))
+    test = np.where(same, enrolment, test)
+    expected = slow_interval(scores, same, enrolment, test, np.random.default_rng(seed), 10, 0.8)
+    low, high = bootstrap_eer(scores, same, enrolment, test, np.random.default_rng(seed), 10, 0.8)
+    assert (low, high) == pytest.approx(expected, abs=1e-12)
 
 
 def test_bootstrap_interval_surrounds_the_eer_and_widens_with_the_level():
@@ -210,9 +242,11 @@ def test_bootstrap_interval_surrounds_the_eer_and_widens_with_the_level():
     assert 0 <= wide[0] < narrow[0] < eer(scores, same) < narrow[1] < wide[1] <= 1
 
 
-def test_bootstrap_of_perfect_scores_is_zero():
+@pytest.mark.parametrize(("worth", "expected"), [(1.0, 0), (0.0, 0.5), (-1.0, 1)])
+def test_bootstrap_of_perfect_constant_and_inverted_scores_has_no_width(worth, expected):
     _, same, enrolment, test = speaker_pairs(np.random.default_rng(0))
-    assert bootstrap_eer(same.astype(float), same, enrolment, test, np.random.default_rng(0), 50) == (0, 0)
+    low, high = bootstrap_eer(worth * same, same, enrolment, test, np.random.default_rng(0), 50)
+    assert (low, high) == pytest.approx((expected, expected), abs=1e-12)
 
 
 def test_bootstrap_draws_again_where_one_kind_is_left_out():

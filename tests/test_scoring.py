@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from raysv.verification.scoring import as_norm, centre, cosine_scores, mean_embedding
+from raysv.verification.scoring import CELLS_PER_PAIR, as_norm, centre, cosine_scores, mean_embeddings
 
 EMBEDDINGS = torch.tensor([[2.0, 0.0], [3.0, 4.0], [0.0, 0.5], [-7.0, 0.0]])
 
@@ -27,6 +27,24 @@ def test_chunks_change_no_score(chunk):
         for a, b in zip(enrolment, test, strict=True)
     ]
     np.testing.assert_allclose(scores, expected, atol=1e-6)
+
+
+def test_scattered_pairs_score_as_they_do_within_a_crossed_list():
+    generator = np.random.default_rng(0)
+    recordings = 6 * CELLS_PER_PAIR
+    embeddings = torch.from_numpy(generator.normal(size=(2 * recordings, 16)))
+    crossed = np.stack(np.meshgrid(np.arange(recordings), recordings + np.arange(recordings))).reshape(2, -1)
+    whole = cosine_scores(embeddings, *crossed)
+    scattered = np.concatenate([generator.permutation(recordings), [3, 3, 3]])  # in each column one, one three times
+    places = recordings * np.append(np.arange(recordings), [5, 5, 7]) + scattered
+    assert recordings**2 > CELLS_PER_PAIR * len(places)
+    np.testing.assert_allclose(cosine_scores(embeddings, *crossed[:, places]), whole[places], atol=1e-6)
+
+
+def test_lists_that_cannot_be_written_to_are_scored():
+    index = np.array([0, 1, 2])
+    index.setflags(write=False)  # as those that are mapped from a file
+    np.testing.assert_allclose(cosine_scores(EMBEDDINGS, index, index), 1, atol=1e-7)
 
 
 def test_no_pairs_give_no_scores():
@@ -89,10 +107,25 @@ def test_a_cohort_of_one_direction_is_refused():
         as_norm([0.6], EMBEDDINGS, [0], [1], cohort=torch.tensor([[1.0, 2.0]]).repeat(3, 1), top_n=3)
 
 
+def test_a_cohort_is_compared_with_no_embedding_that_pairs_do_not_name():
+    cohort = torch.tensor([[5.0, 0.0], [0.3, 0.4], [0.0, 1.0], [-1.0, 0.0]])
+    expected = as_norm([0.0, 0.5], EMBEDDINGS, [0, 0], [2, 1], cohort, top_n=2)
+    more = torch.cat([torch.zeros(1, 2), EMBEDDINGS, torch.full((1, 2), torch.nan)])  # to refuse, if they were
+    np.testing.assert_array_equal(as_norm([0.0, 0.5], more, [1, 1], [3, 2], cohort, top_n=2), expected)
+
+
+def test_the_embedding_that_is_refused_is_named_by_its_row():
+    embeddings = torch.cat([EMBEDDINGS, torch.zeros(1, 2)])
+    cohort = torch.tensor([[5.0, 0.0], [0.3, 0.4], [0.0, 1.0]])
+    with pytest.raises(ValueError, match="Embedding 4 is equally close"):
+        as_norm([0.0], embeddings, [1], [4], cohort, top_n=2)
+
+
 def test_every_enrolment_recording_counts_alike_whatever_its_length():
-    model = mean_embedding(torch.tensor([[100.0, 0.0], [0.0, 0.01]]))
-    torch.testing.assert_close(model, torch.tensor([0.5, 0.5]))
-    scores = cosine_scores(torch.stack([model, torch.tensor([1.0, 0.0])]), [0], [1])
+    recordings = torch.tensor([[100.0, 0.0], [3.0, 4.0], [0.0, 0.01]])
+    models = mean_embeddings(recordings, torch.tensor([2, 0, 2]), 3)
+    torch.testing.assert_close(models, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.5, 0.5]]))
+    scores = cosine_scores(torch.cat([models, torch.tensor([[1.0, 0.0]])]), [2], [3])
     np.testing.assert_allclose(scores, [math.sqrt(0.5)], rtol=1e-6)
 
 

@@ -21,13 +21,14 @@ class Trained:
         self.folder = folder
         self.asked: list[dict[str, Any]] = []
         self.outcome, self.reason = "complete", ""
+        self.metrics: dict[str, float] = {}
 
     def __call__(self, space: Space, folder: Path, corpus: Any, uri: str, **options: Any) -> Study:
         self.asked.append({"space": space, "folder": folder, "uri": uri, **options})
         checkpoint = self.folder / "trial"
         checkpoint.mkdir(exist_ok=True)
         (checkpoint / "encoder.pt").write_text("weights")
-        metrics = {TIME: space.epochs, METRIC: 0.1, "dev/min_dcf_0.01": 0.5, "test/eer": 0.125}
+        metrics = {TIME: space.epochs, METRIC: 0.1, "dev/min_dcf_0.01": 0.5, "test/eer": 0.125, **self.metrics}
         return Study(space, [TrialRecord("t000", "id", {}, metrics, self.outcome, self.reason, str(checkpoint))])
 
 
@@ -70,8 +71,17 @@ def test_a_configuration_is_trained_once_to_its_end(
     assert (space.search.trials, space.search.early_stopping) == (1, "none")
     assert (folder / "checkpoint" / "encoder.pt").read_text() == "weights"
     printed = capsys.readouterr().out
-    assert "dev    EER 10.00 %   minDCF(0.01) 0.500\ntest   EER 12.50 %" in printed
+    assert "dev    EER 10.00 %   minDCF(0.01) 0.500\ntest   EER 12.50 %   no interval: too few speakers\n" in printed
     assert "raysv.verify results/train-mine/checkpoint" in printed
+
+
+def test_the_interval_of_a_test_list_s_eer_is_printed(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("loss: {margin: 0.3}\n")
+    trained.metrics = {"test/eer_low": 0.081, "test/eer_high": 0.1549}
+    assert train.main(["mine.yaml"]) == 0
+    assert "test   EER 12.50 %   90 % interval of the EER 8.1 to 15.5 %\n" in capsys.readouterr().out
 
 
 def test_a_run_that_was_broken_off_goes_on_where_it_was(

@@ -13,6 +13,7 @@ from raysv.corpus.audio import FULL_SCALE, read_audio
 from raysv.corpus.layouts import cnceleb, write_lists
 from raysv.corpus.utterances import VerificationPair, read_pairs, read_utterances, write_pairs
 from raysv.verification.metrics import eer, min_dcf
+from raysv.verification.scoring import as_norm
 
 SPOKEN = ("dev-0", "dev-1")
 
@@ -190,6 +191,73 @@ def test_a_cohort_normalises_the_scores_of_a_list(run, root, checkpoint, tmp_pat
     assert not np.allclose(scores_in(plain)[1], scores_in(normalised)[1], atol=0.1)
 
 
+def embedded(root, encoder, name):
+    """The embeddings of a list's recordings by their paths."""
+    paths = [str(spoken.path.relative_to(root)) for spoken in read_utterances(root / name, root)]
+    waveforms = [torch.from_numpy(read_audio(root / path).astype("float32")) / FULL_SCALE for path in paths]
+    return dict(zip(paths, encoder.embed(waveforms), strict=True))
+
+
+def test_centring_subtracts_the_mean_of_all_recordings_of_a_list(run, root, checkpoint, encoder, tmp_path):
+    write(
+        tmp_path / "uneven.csv", "speaker,path", *(f"train-{n},train-{n}/{t}.wav" for n, t in ((0, 0), (0, 1), (1, 0)))
+    )
+    options = ("--root", root, "--centre", tmp_path / "uneven.csv", "--scores", tmp_path / "scores")
+    status, _, error = run(checkpoint, root / "dev_pairs.txt", *options)
+    assert (status, error) == (0, "")
+    train = embedded(root, encoder, "train.csv")
+    mean = torch.stack([train[f"train-{name}.wav"] for name in ("0/0", "0/1", "1/0")]).mean(0)
+    centred = {path: embedding - mean for path, embedding in embedded(root, encoder, "dev.csv").items()}
+    assert scores_in(tmp_path / "scores")[1] == pytest.approx(
+        [
+            torch.cosine_similarity(centred[e], centred[t], dim=0).item()
+            for e, t, _ in scores_in(tmp_path / "scores")[0]
+        ],
+        abs=1e-4,
+    )
+
+
+def test_a_cohort_is_centred_too_and_embedded_once_where_it_is_what_is_centred_on(
+    run, root, checkpoint, encoder, tmp_path, monkeypatch
+):
+    embed, lists = verify.embed_utterances, []
+    monkeypatch.setattr(verify, "embed_utterances", lambda *given: lists.append(given) or embed(*given))
+    options = ("--cohort", root / "train.csv", "--centre", root / "train.csv", "--top", 4)
+    status, _, error = run(checkpoint, root / "dev_pairs.txt", *options, "--scores", tmp_path / "scores")
+    assert (status, error, len(lists)) == (0, "", 1)
+
+    train, dev = (embedded(root, encoder, name) for name in ("train.csv", "dev.csv"))
+    mean = torch.stack([*train.values()]).mean(0)
+    unit = {path: torch.nn.functional.normalize(row - mean, dim=0) for path, row in (train | dev).items()}
+    speakers = sorted({path.split("/")[0] for path in train})
+    cohort = torch.stack([torch.stack([unit[p] for p in train if p.startswith(f"{s}/")]).mean(0) for s in speakers])
+    pairs, scores = scores_in(tmp_path / "scores")
+    enrolment, test = ([[*dev].index(pair[side]) for pair in pairs] for side in (0, 1))
+    rows = torch.stack([unit[path] for path in dev])
+    cosines = (rows[enrolment] * rows[test]).sum(1).numpy()
+    np.testing.assert_allclose(scores, as_norm(cosines, rows, enrolment, test, cohort, 4), atol=2e-3, rtol=1e-3)
+
+
+def test_the_eer_of_a_list_has_an_interval_over_its_speakers(run, root, checkpoint, tmp_path):
+    spoken = [(f"train-{name}", f"train-{name}/{take}.wav") for name in range(5) for take in range(2)]
+    write_pairs(
+        [VerificationPair(one, two, who == other) for who, one in spoken for other, two in spoken if one < two],
+        tmp_path / "pairs.txt",
+    )
+    call = (checkpoint, tmp_path / "pairs.txt", "--root", root)
+    status, out, _ = run(*call)
+    found = re.match(r"EER ([\d.]+) % \(90 % interval ([\d.]+) to ([\d.]+) over 5 speakers\)   minDCF", out)
+    assert status == 0 and found, out
+    assert 0 <= float(found[2]) < float(found[3]) <= 100
+    assert run(*call)[1] == out
+
+
+def test_the_eer_of_a_list_of_few_speakers_has_none(run, root, checkpoint, tmp_path):
+    status, out, _ = run(checkpoint, root / "dev_pairs.txt", "--scores", tmp_path / "scores")
+    assert status == 0
+    assert " % (no interval: fewer than 5 speakers)   minDCF" in out
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(refused, root):
     assert "is no checkpoint" in refused(root, root / "dev-0/10.wav", root / "dev-0/11.wav")
     assert "is no checkpoint" in refused(root / "nowhere", root / "dev_pairs.txt")
@@ -220,9 +288,10 @@ def test_three_recordings_are_refused(refused, root, checkpoint):
     assert "Name two recordings or one pair list, got 3 files" in refused(checkpoint, *recordings)
 
 
-def test_a_cohort_for_two_recordings_is_refused(refused, root, checkpoint):
+@pytest.mark.parametrize("option", ["--cohort", "--centre"])
+def test_a_list_to_normalise_two_recordings_by_is_refused(refused, root, checkpoint, option):
     pair = (root / "dev-0/10.wav", root / "dev-0/11.wav")
-    assert "--cohort goes with a pair list" in refused(checkpoint, *pair, "--cohort", root / "train.csv")
+    assert f"{option} goes with a pair list" in refused(checkpoint, *pair, option, root / "train.csv")
 
 
 def test_too_few_of_a_cohort_are_refused(refused, root, checkpoint):

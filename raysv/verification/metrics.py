@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 
+INTERVAL_LEVEL = 0.9  # of the interval of an EER
+
 
 class ErrorRates(NamedTuple):
     """What one pass over a scored pair list tells."""
@@ -88,7 +90,7 @@ def bootstrap_eer(
     test_speakers: ArrayLike,
     generator: np.random.Generator,
     rounds: int = 1000,
-    level: float = 0.9,
+    level: float = INTERVAL_LEVEL,
 ) -> tuple[float, float]:
     """Interval of the EER if other speakers of the same population had been recorded.
 
@@ -105,28 +107,88 @@ def bootstrap_eer(
     Source: Poh and Bengio 2007, IEEE TPAMI 29(3), on user-level bootstraps.
     """
     values, same = _checked(scores, same_speaker)
-    order, cuts = _ranking(values)
     if not np.shape(enrolment_speakers) == np.shape(test_speakers) == values.shape:
         raise ValueError(
             f"{len(values)} pairs need as many enrolment and test speakers, "
             f"got {np.shape(enrolment_speakers)} and {np.shape(test_speakers)}."
         )
-    names, codes = np.unique(np.concatenate([enrolment_speakers, test_speakers]), return_inverse=True)
-    enrolment, test = codes.reshape(2, -1)[:, order]
-    targets = same[order]
-    target_speakers, enrolment, test = enrolment[targets], enrolment[~targets], test[~targets]
-    target_cuts = _below(targets, cuts)
-    corners = _corners(target_cuts, cuts - target_cuts)  # resampling stretches the lines between them, no more
-    target_cuts, other_cuts = target_cuts[corners], (cuts - target_cuts)[corners]
-    rates: list[float] = []
-    while len(rates) < rounds:
-        counts = generator.multinomial(len(names), np.full(len(names), 1 / len(names)))
-        rejected_targets = _below(counts[target_speakers], target_cuts)
-        rejected_others = _below(counts[enrolment] * counts[test], other_cuts)
-        if rejected_targets[-1] and rejected_others[-1]:
-            rates.append(_crossing(*_error_shares(rejected_targets, rejected_others)))
+    names, numbers = np.unique(np.concatenate([enrolment_speakers, test_speakers]), return_inverse=True)
+    enrolment, test = numbers.reshape(2, -1)
+    pairs = _rank_pairs(values, same, enrolment, test, len(names))
+    end = len(pairs.target_cuts) - 1
+    counts, totals = np.empty((0, len(names))), np.empty((2, 0))
+    while len(counts) < rounds:
+        more = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), rounds - len(counts))
+        weights = _weights(pairs, more.astype(float), 0, end)
+        usable = weights.all(0)
+        counts = np.concatenate([counts, more[usable]])
+        totals = np.concatenate([totals, weights[:, usable]], axis=1)
+    ones, zeros = np.ones(rounds), np.zeros(rounds)
+    rates = _drawn_eers(pairs, counts, totals, 0, end, np.stack([zeros, ones]), np.stack([ones, zeros]))
     low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+class _RankedPairs(NamedTuple):
+    """Pairs of rising score by the numbers of their speakers, and how many the corners of their curve reject."""
+
+    targets: Array  # speaker
+    others: Array  # enrolment speaker · number of speakers + test speaker
+    target_cuts: Array
+    other_cuts: Array
+
+
+def _rank_pairs(values: Array, same: Array, enrolment: Array, test: Array, speakers: int) -> _RankedPairs:
+    order, _, cuts = _ranking(values)
+    same = same[order]
+    targets, others = order[same], order[~same]
+    target_cuts = _below(same, cuts)
+    corners = _corners(target_cuts, cuts - target_cuts)  # resampling stretches the lines between them, no more
+    cuts, target_cuts = cuts[corners], target_cuts[corners]
+    return _RankedPairs(
+        enrolment[targets], enrolment[others] * speakers + test[others], target_cuts, cuts - target_cuts
+    )
+
+
+def _weights(pairs: _RankedPairs, counts: Array, first: int, last: int) -> Array:
+    """How often the targets and the others between two corners count, `(2, rounds)`.
+
+    Args:
+        counts: `(rounds, speakers)` how often each was drawn.
+    """
+    rounds, speakers = counts.shape
+    targets = pairs.targets[pairs.target_cuts[first] : pairs.target_cuts[last]]
+    others = pairs.others[pairs.other_cuts[first] : pairs.other_cuts[last]]
+    if speakers**2 <= 8 * len(others):  # fewer products, and no more memory, than pair by pair
+        table = np.bincount(others, minlength=speakers**2).reshape(speakers, speakers)
+        other_weights = ((counts @ table) * counts).sum(1)
+    else:
+        enrolment, test = np.divmod(others, speakers)
+        other_weights = np.fromiter((drawn[enrolment] @ drawn[test] for drawn in counts), float, rounds)
+    return np.stack([counts @ np.bincount(targets, minlength=speakers), other_weights])
+
+
+def _drawn_eers(
+    pairs: _RankedPairs, counts: Array, totals: Array, first: int, last: int, before: Array, after: Array
+) -> Array:
+    """The EER of each round, found by halving the stretch of the list that it lies in.
+
+    Args:
+        counts: `(rounds, speakers)` of rounds whose curves meet P_miss = P_fa between the corners `first` and `last`.
+        totals: `(2, rounds)` weights of all targets and of all others.
+        before, after: `(2, rounds)` P_miss and P_fa at the two corners.
+    """
+    if last - first == 1 or not len(counts):
+        return _meeting(*before, *after)
+    cuts = pairs.target_cuts + pairs.other_cuts
+    middle = int(np.clip(np.searchsorted(cuts, (cuts[first] + cuts[last]) // 2), first + 1, last - 1))
+    rejected_targets, rejected_others = _weights(pairs, counts, first, middle) / totals
+    there = np.stack([before[0] + rejected_targets, before[1] - rejected_others])
+    met = there[0] >= there[1]
+    rates = np.empty(len(counts))
+    for half, start, end, low, high in ((met, first, middle, before, there), (~met, middle, last, there, after)):
+        rates[half] = _drawn_eers(pairs, counts[half], totals[:, half], start, end, low[:, half], high[:, half])
+    return rates
 
 
 class _OperatingPoints(NamedTuple):
@@ -139,9 +201,9 @@ class _OperatingPoints(NamedTuple):
 
 def _operating_points(scores: ArrayLike, same_speaker: ArrayLike) -> _OperatingPoints:
     values, same = _checked(scores, same_speaker)
-    order, cuts = _ranking(values)
+    order, ranked, cuts = _ranking(values)
     rejected_targets = _below(same[order], cuts)
-    thresholds = np.append(values[order[cuts[:-1]]], np.inf)
+    thresholds = np.append(ranked[cuts[:-1]], np.inf)
     return _OperatingPoints(thresholds, *_error_shares(rejected_targets, cuts - rejected_targets))
 
 
@@ -160,12 +222,12 @@ def _checked(scores: ArrayLike, same_speaker: ArrayLike) -> tuple[Array, NDArray
     return values, same
 
 
-def _ranking(values: Array) -> tuple[Array, Array]:
-    """The order of rising scores, and how many pairs are rejected at each operating point."""
+def _ranking(values: Array) -> tuple[Array, Array, Array]:
+    """The order of rising scores, these, and how many pairs are rejected at each operating point."""
     order = np.argsort(values)
     ranked = values[order]
     cuts = np.flatnonzero(ranked[1:] != ranked[:-1]) + 1
-    return order, np.concatenate([[0], cuts, [len(values)]])
+    return order, ranked, np.concatenate([[0], cuts, [len(values)]])
 
 
 def _below(weights: Array, cuts: Array) -> Array:
@@ -190,10 +252,13 @@ def _corners(rejected_targets: Array, rejected_others: Array) -> NDArray[np.bool
 
 def _crossing(p_miss: Array, p_fa: Array) -> float:
     after = int(np.searchsorted(p_miss - p_fa, 0))
-    before = after - 1
-    gap_before, gap_after = p_fa[before] - p_miss[before], p_miss[after] - p_fa[after]
-    share = gap_before / (gap_before + gap_after)
-    return float(p_miss[before] + share * (p_miss[after] - p_miss[before]))
+    return float(_meeting(p_miss[after - 1], p_fa[after - 1], p_miss[after], p_fa[after]))
+
+
+def _meeting(miss_before: Array, fa_before: Array, miss_after: Array, fa_after: Array) -> Array:
+    """Where the line between an operating point of P_miss < P_fa and one of P_miss ≥ P_fa meets P_miss = P_fa."""
+    gap_before, gap_after = fa_before - miss_before, miss_after - fa_after
+    return miss_before + gap_before / (gap_before + gap_after) * (miss_after - miss_before)
 
 
 def _threshold(points: _OperatingPoints) -> float:

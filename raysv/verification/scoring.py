@@ -14,22 +14,42 @@ from torch import Tensor
 
 Scores = NDArray[np.float32]
 
+CELLS_PER_PAIR = 64  # cells of a matrix product that cost less time than to look up a pair's two embeddings
+CACHED_PAIRS = 4096  # whose embeddings fit a processor's cache
+
 
 @torch.no_grad()
-def cosine_scores(embeddings: Tensor, enrolment_index: ArrayLike, test_index: ArrayLike, chunk: int = 32_768) -> Scores:
+def cosine_scores(embeddings: Tensor, enrolment_index: ArrayLike, test_index: ArrayLike, chunk: int = 2**20) -> Scores:
     """The cosine of each pair's embeddings.
+
+    Lists that cross their enrolments and tests are read off a matrix product; pairs too scattered for that are
+    multiplied one by one. The two ways differ by the rounding of float32.
 
     Args:
         embeddings: `(recordings, dim)`, of any length.
         enrolment_index, test_index: `(pairs,)` rows of `embeddings`.
-        chunk: pairs looked up at a time, which bounds the memory.
+        chunk: pairs scored at a time, which bounds the memory to 4 · `CELLS_PER_PAIR` bytes for each of them.
 
     Returns: `(pairs,)`.
     """
     unit = F.normalize(embeddings.float(), dim=1)
-    enrolment, test = (torch.as_tensor(np.asarray(index)).split(chunk) for index in (enrolment_index, test_index))
-    parts = [(unit[rows] * unit[others]).sum(1).cpu() for rows, others in zip(enrolment, test, strict=True)]
-    return torch.cat(parts).numpy()
+    pairs = torch.from_numpy(np.stack([enrolment_index, test_index]))
+    return torch.cat([_cosines(unit, part) for part in pairs.split(chunk, dim=1)]).numpy()
+
+
+def _cosines(unit: Tensor, pairs: Tensor) -> Tensor:
+    """Products `(pairs,)`, on the CPU, of rows of unit length; `pairs` is `(2, pairs)`."""
+    (enrolled, enrolment), (tested, test) = (_distinct(side, len(unit)) for side in pairs)
+    if len(enrolled) * len(tested) <= CELLS_PER_PAIR * pairs.shape[1]:
+        return (unit[enrolled] @ unit[tested].T)[enrolment, test].cpu()
+    return torch.cat([(unit[rows] * unit[others]).sum(1) for rows, others in pairs.split(CACHED_PAIRS, dim=1)]).cpu()
+
+
+def _distinct(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The rows, of `count`, that an index of any shape names, and the index into these; without sorting it."""
+    named = torch.zeros(count, dtype=torch.bool)
+    named[index] = True
+    return named.nonzero().flatten(), (named.cumsum(0) - 1)[index]
 
 
 @torch.no_grad()
@@ -48,7 +68,7 @@ def as_norm(
 
     Args:
         scores: `(pairs,)` cosines of the pairs.
-        embeddings: `(recordings, dim)`; the cohort statistics of each are computed once.
+        embeddings: `(recordings, dim)`; the cohort statistics of those that pairs name are computed once.
         enrolment_index, test_index: `(pairs,)` rows of `embeddings`.
         cohort: `(cohort, dim)` embeddings of other speakers, customarily one mean per training speaker.
         chunk: recordings compared with the cohort at a time, which bounds the memory.
@@ -62,17 +82,17 @@ def as_norm(
     if not 2 <= top_n <= len(cohort):
         raise ValueError(f"top_n must lie between 2 and the cohort's {len(cohort)} embeddings, got {top_n}.")
     others = F.normalize(cohort.float(), dim=1)
-    statistics = [_cohort_statistics(rows, others, top_n) for rows in embeddings.split(chunk)]
-    means, deviations = torch.cat(statistics).cpu().numpy().T
+    named, sides = _distinct(torch.from_numpy(np.stack([enrolment_index, test_index])), len(embeddings))
+    statistics = [_cohort_statistics(embeddings[rows], others, top_n) for rows in named.split(chunk)]
+    means, deviations = torch.cat(statistics).cpu().T
     if (flat := deviations < 1e-6).any():  # the rounding of float32 cosines
         raise ValueError(
-            f"Embedding {flat.argmax()} is equally close to {top_n} of the cohort. Does the cohort repeat an embedding?"
+            f"Embedding {named[flat][0]} is equally close to {top_n} of the cohort. "
+            "Does the cohort repeat an embedding?"
         )
-    values = np.asarray(scores, dtype=np.float32)
-    enrolment, test = (
-        (values - means[side]) / deviations[side] for side in map(np.asarray, (enrolment_index, test_index))
-    )
-    return (enrolment + test) / 2
+    values = torch.from_numpy(np.asarray(scores, dtype=np.float32))
+    enrolment, test = ((values - means[side]) / deviations[side] for side in sides)
+    return ((enrolment + test) / 2).numpy()
 
 
 def _cohort_statistics(embeddings: Tensor, cohort: Tensor, top_n: int) -> Tensor:
@@ -81,17 +101,25 @@ def _cohort_statistics(embeddings: Tensor, cohort: Tensor, top_n: int) -> Tensor
     return torch.stack([closest.mean(1), closest.std(1, correction=0)], dim=1)
 
 
-def mean_embedding(embeddings: Tensor) -> Tensor:
-    """The model `(dim,)` of a speaker enrolled with several recordings `(recordings, dim)`: their mean direction.
+def mean_embeddings(embeddings: Tensor, owners: Tensor, count: int) -> Tensor:
+    """The models `(count, dim)` of speakers enrolled with several recordings each: mean directions.
 
     Every recording counts alike, however long its embedding. Also what a cohort has for each of its speakers.
+
+    Args:
+        embeddings: `(recordings, dim)`.
+        owners: `(recordings,)` which of `count` models each belongs to; one that owns nothing is zero.
     """
-    return F.normalize(embeddings.float(), dim=1).mean(0)
+    directions = F.normalize(embeddings.float(), dim=1)
+    sums = directions.new_zeros(count, directions.shape[1]).index_add_(0, owners, directions)
+    return sums / owners.bincount(minlength=count).clamp(min=1)[:, None]
 
 
 def centre(embeddings: Tensor, mean: Tensor) -> Tensor:
     """Embeddings `(recordings, dim)` moved so that the population whose `mean` is `(dim,)` surrounds the origin.
 
     The mean is that of training or cohort embeddings, as they come from the encoder, never of the recordings tested.
+    Each recording counts alike in it, as in Kaldi's `ivector-mean` and in wespeaker, not each speaker. Centre first:
+    models, cohorts and cosines are made of embeddings that have been centred.
     """
     return embeddings - mean
