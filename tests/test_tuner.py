@@ -114,7 +114,7 @@ def test_a_study_goes_on_with_its_trials_or_starts_anew_where_it_has_none(
     monkeypatch.setattr(ray.tune.Tuner, "restore", lambda *_, **__: SimpleNamespace(fit=lambda: done.append("go on")))
     monkeypatch.setattr(tuner, "_tuner", lambda *_: SimpleNamespace(fit=lambda: done.append("anew")))
     cluster_has_room_for(1)
-    study: Study = tuner.run_study(space, folder, Any, "sqlite:///mlflow.db", resume=True)
+    study: Study = tuner.run_study(space, folder, SimpleNamespace(digests={}), "sqlite:///mlflow.db", resume=True)
     assert len(study.trials) == trials
     assert done == ["go on" if trials else "anew", folder]
     assert all((folder / name).exists() == bool(trials) for name in SEARCH_RECORDS)

@@ -14,6 +14,7 @@ import csv
 import json
 import pickle
 import platform
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from raysv.verification.metrics import det_curve
 
 DET_POINTS = 300
 TRAINING_STATE = "training_state.pt"
+HISTORY = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def save_checkpoint(folder: Path, standing: Standing, encoder: SpeakerEncoder, t
     }
     torch.save(encoder.state_dict(), folder / "encoder.pt")
     torch.save(training_state, folder / TRAINING_STATE)
-    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / HISTORY).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in standing.history)
     with (folder / "det.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
@@ -116,18 +118,58 @@ def load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any], l
 
     Raises: ValueError when a file of it is missing or damaged.
     """
-    file = folder / "metrics.jsonl"
-    try:
-        history = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}. The checkpoint is incomplete or damaged.") from error
+    history = _history(folder)
     _, description = describe_checkpoint(folder)
     if len(history) != description["epoch"]:
         raise ValueError(
-            f"{file} cannot be right: it has {len(history)} epochs, checkpoint.yaml {description['epoch']}. "
-            "The checkpoint is incomplete or damaged."
+            f"{folder / HISTORY} cannot be right: it has {len(history)} epochs, checkpoint.yaml "
+            f"{description['epoch']}. The checkpoint is incomplete or damaged."
         )
     return _load(folder / "encoder.pt"), _load(folder / TRAINING_STATE), history
+
+
+def keep_checkpoint(folder: Path, kept: Path) -> Path:
+    """Copy a checkpoint to where those of its run are kept; of the earlier ones, that of the lowest dev EER stays.
+
+    It is copied aside and moved into place when it is complete, and only then are others removed, so that at every
+    moment a whole one is there.
+
+    Args:
+        kept: the run's own folder; made if need be.
+
+    Returns: where it lies now, `kept/epoch-NNNN`.
+    """
+    history = _history(folder)
+    target = kept / _kept_name(len(history))
+    if folder == target:
+        return target  # what a finished run was resumed from
+    aside = target.with_suffix(".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(folder, aside)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    best = min(history, key=lambda metrics: metrics["dev/eer"])
+    for other in kept.iterdir():
+        if other.name not in (target.name, _kept_name(best["epoch"])):
+            shutil.rmtree(other, ignore_errors=True)
+    return target
+
+
+def latest_checkpoint(kept: Path) -> Path | None:
+    """The checkpoint of the last epoch that `keep_checkpoint` put there."""
+    return max((folder for folder in kept.glob("epoch-*") if folder.suffix != ".partial"), default=None)
+
+
+def _history(folder: Path) -> list[dict[str, float]]:
+    file = folder / HISTORY
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}. The checkpoint is incomplete or damaged.") from error
+
+
+def _kept_name(epoch: float) -> str:
+    return f"epoch-{epoch:04.0f}"
 
 
 def versions() -> dict[str, str]:

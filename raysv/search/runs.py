@@ -142,16 +142,17 @@ class StudyRuns:
         self._summary = values
 
     def close(self, trial_ids: Iterable[str]) -> None:
-        """The end of a driver: trials it leaves unfinished are KILLED, those that Tune has forgotten are errors."""
+        """The end of a driver: trials it leaves unfinished are KILLED, those that Tune has forgotten are removed.
+
+        A driver that was killed may have made a trial that Tune had not noted yet: another took its place.
+        """
         ours, unfinished = set(trial_ids), False
         for run in self._search({KIND: "trial", OUTCOME: "running"}):
             if run.data.tags[TRIAL] in ours:
                 unfinished = True
                 self._client.set_terminated(run.info.run_id, "KILLED")
             else:
-                reason = "The driver died before Tune had noted this trial; another took its place."
-                self._client.log_batch(run.info.run_id, tags=[RunTag(OUTCOME, "error"), RunTag(ERROR, reason)])
-                self._client.set_terminated(run.info.run_id, "FAILED")
+                self._client.delete_run(run.info.run_id)  # MLflow keeps it in its trash
         self.summarise()
         self._client.set_terminated(self._parent, "KILLED" if unfinished else "FINISHED")
 

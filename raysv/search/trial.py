@@ -1,4 +1,4 @@
-"""One trial: a Ray Train run whose DDP workers call `learning.training.fit`."""
+"""One trial of Tune: trained in its own process, or by a team of workers."""
 
 from __future__ import annotations
 
@@ -7,24 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.torch
 import ray.tune
-import torch
-from ray.tune.integration.ray_train import TuneReportCallback
 
-from raysv.config import config_from_dict, config_to_dict
-from raysv.learning.training import DivergedError, Metrics, fit
-from raysv.search.results import METRIC, TIME
+from raysv.config import config_to_dict
+from raysv.search.desk import Task
 from raysv.search.space import Space
 
-# The trial itself only waits for its workers: it takes none of the CPUs they need, and lives on the head node.
-DRIVER_RESOURCES = {"node:__internal_head__": 0.01}
-CHANCE = 0.5  # the EER of an encoder that has diverged: it tells speakers apart by guessing
-TRAIN_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how often results come through; Ray's own 2 s delay every epoch
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
-}
+# Of Tune: how long a stopped trial has to leave its process to the next one. When it fails to, Tune waits for ever.
+LEAVE_VARIABLE, LEAVE_SECONDS = "TUNE_FUNCTION_THREAD_TIMEOUT_S", 600
 
 
 @dataclass(frozen=True)
@@ -34,65 +24,53 @@ class Job:
     Attributes:
         gpus_per_worker: settled from what the cluster has.
         storage: folder for the trials' checkpoints, reachable from every node.
+        checked: the digests of the corpus that the study was started with, see `fit`.
         tests: whether a trial ends with the test lists; a search's must not.
     """
 
     space: Space
     gpus_per_worker: float
     storage: str
+    checked: dict[str, str]
     tests: bool = False
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What each worker takes of the cluster."""
+        cpus = {"CPU": float(self.space.resources.cpus_per_worker)}
+        return cpus | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+
+    @property
+    def trial_resources(self) -> dict[str, float]:
+        """What a trial's own process takes.
+
+        A lone worker is that process. Several have processes of their own, and the trial's only waits for them: it
+        takes none of the CPUs they need, and lives on the head node.
+        """
+        return self.worker_resources if self.space.resources.workers == 1 else {"node:__internal_head__": 0.01}
 
 
 def run_trial(values: dict[str, Any], job: Job) -> None:
-    """Train one point of the space on workers of its own. Runs as a Tune trial, reports through Tune.
+    """Train one point of the space. Runs as a Tune trial, reports through Tune.
 
-    The Train run is named after the trial in fixed storage, so a trial that is started again, after whatever death of
-    worker, node or driver, goes on from its last checkpoint.
+    Checkpoints are kept in a folder named by the trial's id, so a trial that is started again, after whatever death of
+    worker, node or driver, goes on from the last one. The process outlives the trial and runs the next.
     """
-    os.environ.update(TRAIN_SETTINGS)
+    os.environ[LEAVE_VARIABLE] = str(LEAVE_SECONDS)
     resources = job.space.resources
-    devices = {"CPU": float(resources.cpus_per_worker)}
-    if job.gpus_per_worker:
-        devices["GPU"] = job.gpus_per_worker
-    ray.train.torch.TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "config": config_to_dict(job.space.config(values)),
-            "threads": resources.cpus_per_worker,
-            "tests": job.tests,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers, use_gpu=bool(job.gpus_per_worker), resources_per_worker=devices
-        ),
-        run_config=ray.train.RunConfig(
-            name=ray.tune.get_context().get_trial_id(),
-            storage_path=job.storage,
-            callbacks=[TuneReportCallback()],
-            failure_config=ray.train.FailureConfig(max_failures=1),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=METRIC, checkpoint_score_order="min"
-            ),  # the one with the lowest EER and, always, the latest
-        ),
-    ).fit()
+    task = Task(
+        config=config_to_dict(job.space.config(values)),
+        kept=str(Path(job.storage, ray.tune.get_context().get_trial_id())),
+        threads=resources.cpus_per_worker,
+        tests=job.tests,
+        checked=job.checked,
+    )
+    # imported where needed: a lone worker's process can do without Ray Train
+    if resources.workers == 1:
+        from raysv.search.worker import train_alone
 
+        train_alone(task, ray.tune.report, gpu=bool(job.gpus_per_worker))
+    else:
+        from raysv.search.team import team_of
 
-def train_worker(job: dict[str, Any]) -> None:
-    """What each DDP worker of a trial runs."""
-    config = config_from_dict(job["config"])
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(job["threads"])
-
-    def report(metrics: Metrics, folder: Path | None) -> None:
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None)
-
-    checkpoint = ray.train.get_checkpoint()
-    try:
-        if checkpoint is None:
-            fit(config, report, device=device, tests=job["tests"])
-        else:
-            with checkpoint.as_directory() as folder:
-                fit(config, report, device=device, tests=job["tests"], resume=Path(folder))
-    except DivergedError as error:
-        # an answer, not an accident: trying again would diverge again, and the search is to learn from it
-        ray.train.report({TIME: error.epoch, METRIC: CHANCE, "failure": str(error)})
+        team_of(resources.workers, tuple(job.worker_resources.items()), job.storage).train(task, ray.tune.report)

@@ -13,7 +13,8 @@ from typing import Any
 import ray
 import ray.tune
 
-from raysv.corpus.loading import Corpus, load_corpus
+from raysv.corpus.loading import load_corpus
+from raysv.corpus.sets import Corpus
 from raysv.learning.checkpoint import versions
 from raysv.learning.views import ViewBatches
 from raysv.search import cluster
@@ -25,7 +26,7 @@ from raysv.search.space import Space
 from raysv.search.stopping import JournaledASHA
 from raysv.search.study import SPACE_FILE, TUNE_FOLDER, Study, note_start, read_study, started
 from raysv.search.tracking import MLflowTracking
-from raysv.search.trial import DRIVER_RESOURCES, Job, run_trial
+from raysv.search.trial import Job, run_trial
 from raysv.speech.augmentation import recipe
 
 EXPERIMENT = "raysv"  # of MLflow
@@ -76,8 +77,8 @@ def run_study(
     try:
         allotment = _allot(space, folder, resume)
         print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
-        job = Job(space, allotment.gpus_per_worker, str(folder / "trials"), tests)
-        trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), DRIVER_RESOURCES)
+        job = Job(space, allotment.gpus_per_worker, str(folder / "trials"), corpus.digests, tests)
+        trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
         if resume:
             tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
         else:
@@ -133,7 +134,7 @@ def _tuner(
             max_concurrent_trials=allotment.concurrent_trials,
             search_alg=proposals,
             scheduler=asha if search.early_stopping == "asha" else None,
-            reuse_actors=False,  # one that was stopped early still waits for its workers, and Tune would wait for it
+            reuse_actors=True,  # the next trial gets a process, or a team of them, that has started already
             trial_name_creator=_trial_id,
             trial_dirname_creator=_trial_id,
         ),

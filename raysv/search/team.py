@@ -1,0 +1,89 @@
+"""A team of DDP workers that outlives a trial: one Ray Train run whose workers train task after task.
+
+Starting the workers of a Train run takes 10 to 20 seconds, as long as many a trial that ASHA stops early. So the
+process of a trial, which Tune hands to the next trial, keeps them. Train does what it is there for: it places the
+workers, makes their process group, and replaces them all when one dies; the new ones find the task on the desk and go
+on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+import ray.train.torch
+
+from raysv.search.desk import Desk, Result, Task, WorkersError
+from raysv.search.results import TIME
+from raysv.search.worker import serve
+
+TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # nobody reads them; MLflow has ours
+}
+
+
+class Team:
+    """The workers and their desk, kept by the process of a trial."""
+
+    def __init__(self, workers: int, resources: dict[str, float], storage: str) -> None:
+        os.environ.update(TRAIN_SETTINGS)
+        self._desk = ray.remote(num_cpus=0)(Desk).remote()
+        self._end: BaseException | None = None
+        trainer = ray.train.torch.TorchTrainer(
+            serve,
+            train_loop_config={"desk": self._desk},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            ),
+            run_config=ray.train.RunConfig(
+                name=uuid.uuid4().hex[:12],
+                storage_path=str(Path(storage, "teams")),
+                failure_config=ray.train.FailureConfig(max_failures=-1),  # the desk counts them, by task
+            ),
+        )
+        threading.Thread(target=self._run, args=(trainer,), daemon=True).start()
+
+    def _run(self, trainer: Any) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._end = error
+
+    def train(self, task: Task, report: Callable[[Result], None]) -> None:
+        """Have a task trained, reporting the metrics of each epoch; when `report` raises, the workers leave the task.
+
+        Raises: WorkersError.
+        """
+        ray.get(self._desk.lay_down.remote(task))
+        try:
+            while (metrics := self._next_result()) is not None:
+                report(metrics)
+                ray.get(self._desk.note.remote(int(metrics[TIME])))
+        finally:
+            ray.get(self._desk.clear.remote())
+
+    def _next_result(self) -> Result | None:
+        pending = self._desk.next_result.remote()
+        while not ray.wait([pending], timeout=1)[0]:
+            if self._end:
+                raise WorkersError(f"Ray Train gave the workers up: {self._end}") from self._end
+        try:
+            return ray.get(pending)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+
+
+@functools.cache
+def team_of(workers: int, resources: tuple[tuple[str, float], ...], storage: str) -> Team:
+    """The team of this process, made when it is first asked for."""
+    return Team(workers, dict(resources), storage)

@@ -1,0 +1,83 @@
+"""What runs where a trial is trained: one task in a lone worker, task after task in each worker of a team."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from raysv.config import config_from_dict
+from raysv.distributed import agree, rank
+from raysv.learning.checkpoint import keep_checkpoint, latest_checkpoint
+from raysv.learning.training import DivergedError, Metrics, fit
+from raysv.search.desk import Result, StoppedError, Task
+from raysv.search.results import METRIC, TIME
+
+CHANCE = 0.5  # the EER of an encoder that has diverged: it tells speakers apart by guessing
+
+
+def train(task: Task, report: Callable[[Result], None], device: torch.device) -> None:
+    """Train a task, or go on with it, in this process: alone, or as one of several workers that all do the same.
+
+    Args:
+        report: called by every worker with the metrics of each epoch.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(task.threads)
+    kept = Path(task.kept)
+    latest = agree(latest_checkpoint(kept))
+
+    def keep_and_report(metrics: Metrics, folder: Path | None) -> None:
+        checkpoint = {"checkpoint_path": str(keep_checkpoint(folder, kept))} if folder else {}
+        report(metrics | checkpoint)
+
+    try:
+        config, tests, checked = config_from_dict(task.config), task.tests, task.checked
+        fit(config, keep_and_report, device=device, resume=latest, tests=tests, checked=checked)
+    except DivergedError as error:
+        # an answer, not an accident: trying again would diverge again, and the search is to learn from it
+        report({TIME: error.epoch, METRIC: CHANCE, "failure": str(error)})
+    finally:
+        gc.collect()  # the process goes on to the next trial, which wants the memory
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def train_alone(task: Task, report: Callable[[Result], None], *, gpu: bool) -> None:
+    """`train` in a process that has no others beside it."""
+    train(task, report, torch.device("cuda" if gpu else "cpu"))
+
+
+def serve(setup: dict[str, Any]) -> None:
+    """What each worker runs: one task after another, until it is killed."""
+    import ray.train.torch  # a lone worker can do without
+
+    device = ray.train.torch.get_device()
+    desk, group, number = setup["desk"], agree(uuid.uuid4().hex), 0
+    while True:
+        number, task = ray.get(desk.pick_up.remote(group, rank() == 0, number))
+        report = functools.partial(_report, desk, number)
+        try:
+            train(task, report, device)
+            if rank() == 0:
+                ray.get(desk.hand_in.remote(number, None))
+        except StoppedError:
+            pass
+        except Exception as error:
+            # what is wrong with the data or the configuration stays wrong, whoever trains it
+            ray.get(desk.give_up.remote(number, traceback.format_exc(), not isinstance(error, ValueError)))
+            raise  # the other workers wait for this one: Train replaces them all
+
+
+def _report(desk: Any, number: int, metrics: Result) -> None:
+    if rank() == 0:
+        ray.get(desk.hand_in.remote(number, metrics))
+    if not ray.get(desk.may_go_on.remote(number, int(metrics[TIME]))):
+        raise StoppedError

@@ -1,0 +1,154 @@
+"""The desk between a trial and its workers, without Ray: both sides as coroutines."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from raysv.search.desk import RETRIES, Desk, Task, WorkersError
+
+ONE, OTHER = (Task({"training": {"seed": seed}}, f"/kept/{seed}", threads=1, tests=False) for seed in (1, 2))
+SHORT = 0.05  # seconds; long enough for everything that can happen without waiting
+
+
+def on_a_desk(scene: Callable[[Desk], Awaitable[None]]) -> None:
+    async def play() -> None:
+        await scene(Desk())
+
+    asyncio.run(play())
+
+
+async def waits(event: Awaitable[Any]) -> bool:
+    """Whether something is still waited for when all has happened that can."""
+    try:
+        await asyncio.wait_for(event, SHORT)
+    except TimeoutError:
+        return True
+    return False
+
+
+def test_the_first_worker_begins_a_task_and_the_others_follow() -> None:
+    async def scene(desk: Desk) -> None:
+        follower = asyncio.create_task(desk.pick_up("group", False, 0))
+        await desk.lay_down(ONE)
+        assert await waits(asyncio.shield(follower))
+        assert await desk.pick_up("group", True, 0) == (1, ONE)
+        assert await follower == (1, ONE)
+
+    on_a_desk(scene)
+
+
+def test_workers_of_a_dead_group_do_not_join_the_next() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        await desk.pick_up("old", True, 0)
+        assert await waits(desk.pick_up("new", False, 0))
+
+    on_a_desk(scene)
+
+
+def test_a_worker_waits_for_the_next_task_when_it_is_done_with_one() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        number, _ = await desk.pick_up("group", True, 0)
+        await desk.hand_in(number, None)
+        following = asyncio.create_task(desk.pick_up("group", True, number))
+        assert await waits(asyncio.shield(following))
+        await desk.lay_down(OTHER)
+        assert await following == (2, OTHER)
+
+    on_a_desk(scene)
+
+
+def test_results_arrive_in_order_and_then_nothing() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        for result in ({"epoch": 1}, {"epoch": 2}, None):
+            await desk.hand_in(1, result)
+        assert [await desk.next_result() for _ in range(3)] == [{"epoch": 1}, {"epoch": 2}, None]
+
+    on_a_desk(scene)
+
+
+def test_workers_go_on_only_when_the_trial_has_taken_note() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        asked = [asyncio.create_task(desk.may_go_on(1, 1)) for _ in range(2)]
+        await desk.hand_in(1, {"epoch": 1})
+        assert await waits(asyncio.shield(asked[0]))
+        await desk.note(1)
+        assert [await answer for answer in asked] == [True, True]
+        assert await waits(desk.may_go_on(1, 2))
+
+    on_a_desk(scene)
+
+
+def test_a_trial_that_ends_sends_its_workers_away() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        asked = asyncio.create_task(desk.may_go_on(1, 1))
+        await asyncio.sleep(0)
+        await desk.clear()
+        assert await asked is False
+        await desk.hand_in(1, {"epoch": 2})  # of workers that have not heard of it yet
+        await desk.lay_down(OTHER)
+        assert await desk.may_go_on(1, 1) is False
+        assert await waits(desk.next_result())
+
+    on_a_desk(scene)
+
+
+def test_workers_that_begin_again_may_repeat_what_the_dead_ones_said() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        await desk.pick_up("old", True, 0)
+        await desk.hand_in(1, {"epoch": 1})
+        await desk.next_result()
+        await desk.note(1)
+        assert await desk.pick_up("new", True, 0) == (1, ONE)
+        await desk.hand_in(1, {"epoch": 1})
+        assert await desk.may_go_on(1, 1) is True
+        assert await waits(desk.may_go_on(1, 2))
+
+    on_a_desk(scene)
+
+
+def test_a_task_is_given_up_when_its_workers_died_too_often() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        for turn in range(1 + RETRIES):
+            await desk.pick_up(f"group {turn}", True, 0)
+        late = asyncio.create_task(desk.pick_up("one more", True, 0))
+        with pytest.raises(WorkersError, match="A worker was killed"):
+            await desk.next_result()
+        await desk.lay_down(OTHER)
+        assert await late == (2, OTHER)
+
+    on_a_desk(scene)
+
+
+def test_what_a_worker_said_before_it_gave_up_is_told() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        for turn in range(1 + RETRIES):
+            await desk.pick_up(f"group {turn}", True, 0)
+            await desk.give_up(1, f"OutOfMemoryError: {turn}", again=True)
+        late = asyncio.create_task(desk.pick_up("one more", True, 0))
+        with pytest.raises(WorkersError, match="OutOfMemoryError: 0"):
+            await desk.next_result()
+        late.cancel()
+
+    on_a_desk(scene)
+
+
+def test_what_would_fail_again_is_not_begun_again() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        await desk.pick_up("group", True, 0)
+        await desk.give_up(1, "ValueError: a batch cannot be formed", again=False)
+        with pytest.raises(WorkersError, match="a batch cannot be formed"):
+            await desk.next_result()
+        assert await waits(desk.pick_up("next", True, 0))
+
+    on_a_desk(scene)

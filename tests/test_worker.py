@@ -1,0 +1,72 @@
+"""A task trained in this process, as a lone worker does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learning_fixtures import tiny_config
+
+from raysv.config import config_to_dict
+from raysv.search.desk import Task
+from raysv.search.worker import CHANCE, train_alone
+
+Result = dict[str, Any]
+
+
+class LeftError(Exception):
+    """What a report raises to stop a training."""
+
+
+def task(root: Path, **values: Any) -> Task:
+    return Task(config_to_dict(tiny_config(root, **values)), str(root / "kept"), threads=1, tests=False)
+
+
+def results_of(chosen: Task, leave_after: int = 99) -> list[Result]:
+    told: list[Result] = []
+
+    def report(result: Result) -> None:
+        told.append(result)
+        if len(told) == leave_after:
+            raise LeftError
+
+    train_alone(chosen, report, gpu=False)
+    return told
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_epoch_is_reported_with_its_checkpoint(tiny_corpus: Path) -> None:
+    told = results_of(task(tiny_corpus))
+    assert [result["epoch"] for result in told] == [1, 2]
+    assert [Path(result["checkpoint_path"]).name for result in told] == ["epoch-0001", "epoch-0002"]
+    best = min(told, key=lambda result: result["dev/eer"])
+    kept = {folder.name for folder in (tiny_corpus / "kept").iterdir()}
+    assert kept == {"epoch-0002", f"epoch-{best['epoch']:04d}"}
+
+
+def test_a_task_goes_on_from_its_last_checkpoint_to_the_same_end(tiny_corpus: Path) -> None:
+    with pytest.raises(LeftError):
+        results_of(task(tiny_corpus), leave_after=1)
+    rest = results_of(task(tiny_corpus))
+    assert [result["epoch"] for result in rest] == [2]
+    undisturbed = results_of(Task(**vars(task(tiny_corpus)) | {"kept": str(tiny_corpus / "other")}))
+    assert rest[-1]["dev/eer"] == undisturbed[-1]["dev/eer"]
+    assert rest[-1]["loss/total"] == pytest.approx(undisturbed[-1]["loss/total"], rel=1e-6)
+
+
+def test_a_finished_task_that_is_asked_for_again_tells_how_it_ended(tiny_corpus: Path) -> None:
+    told = results_of(task(tiny_corpus))
+    assert results_of(task(tiny_corpus)) == [told[-1]]
+
+
+def test_a_task_that_diverges_is_as_good_as_guessing(tiny_corpus: Path) -> None:
+    wild = task(tiny_corpus, optimizer__learning_rate=1e30, optimizer__warmup_epochs=0)
+    (told,) = results_of(wild)
+    assert (told["epoch"], told["dev/eer"]) == (1, CHANCE)
+    assert "Lower optimizer.learning_rate" in told["failure"]
