@@ -11,7 +11,13 @@ from encoder_fixtures import tiny_encoder, write_checkpoint
 from learning_fixtures import tiny_config
 
 from raysv.config import config_to_dict
-from raysv.learning.checkpoint import describe_checkpoint, load_encoder, load_training_state
+from raysv.learning.checkpoint import (
+    describe_checkpoint,
+    keep_checkpoint,
+    latest_checkpoint,
+    load_encoder,
+    load_training_state,
+)
 
 FILES = {"README.md", "checkpoint.yaml", "encoder.pt", "training_state.pt", "metrics.jsonl", "det.csv"}
 
@@ -162,3 +168,44 @@ def test_a_damaged_description_is_named(checkpoint, text, message):
     (checkpoint / "checkpoint.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"checkpoint\.yaml.*{message}"):
         load_encoder(checkpoint)
+
+
+def written(folder, eers):
+    """What of a checkpoint tells how far it is and how good."""
+    folder.mkdir()
+    lines = [json.dumps({"epoch": epoch, "dev/eer": eer}) + "\n" for epoch, eer in enumerate(eers, 1)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def kept_after(tmp_path, eers):
+    """The names of what is kept after each of the epochs."""
+    names = []
+    for epoch in range(1, len(eers) + 1):
+        place = keep_checkpoint(written(tmp_path / f"new-{epoch}", eers[:epoch]), tmp_path / "kept")
+        assert place == latest_checkpoint(tmp_path / "kept") == tmp_path / "kept" / f"epoch-{epoch:04d}"
+        names.append(sorted(int(folder.name[-4:]) for folder in (tmp_path / "kept").iterdir()))
+    return names
+
+
+def test_the_latest_checkpoint_and_that_of_the_lowest_error_rate_are_kept(tmp_path):
+    assert kept_after(tmp_path, [0.4, 0.2, 0.3, 0.25, 0.1]) == [[1], [2], [2, 3], [2, 4], [5]]
+
+
+def test_a_checkpoint_of_which_only_a_part_was_copied_does_not_count(tmp_path):
+    kept_after(tmp_path, [0.4, 0.3])
+    shutil.copytree(tmp_path / "kept" / "epoch-0002", tmp_path / "kept" / "epoch-0003.partial")
+    assert latest_checkpoint(tmp_path / "kept").name == "epoch-0002"
+    keep_checkpoint(written(tmp_path / "new-3", [0.4, 0.3, 0.2]), tmp_path / "kept")
+    assert [folder.name for folder in (tmp_path / "kept").iterdir()] == ["epoch-0003"]
+
+
+def test_a_kept_checkpoint_that_is_kept_again_stays_where_it_is(tmp_path):
+    kept_after(tmp_path, [0.4])
+    place = tmp_path / "kept" / "epoch-0001"
+    assert keep_checkpoint(place, tmp_path / "kept") == place
+    assert (place / "metrics.jsonl").is_file()
+
+
+def test_before_the_first_epoch_there_is_no_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path / "kept") is None
