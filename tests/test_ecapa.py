@@ -1,9 +1,24 @@
+import functools
+import importlib
+import sys
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raysv.speech.ecapa import ECAPATDNN, AttentiveStatistics, Res2, SqueezeExcitation
+from raysv.speech.ecapa import (
+    ECAPATDNN,
+    MIN_VARIANCE,
+    SCALE,
+    AttentiveStatistics,
+    Res2,
+    SqueezeExcitation,
+    convolve,
+)
+from raysv.speech.features import frame_padding
 
 PUBLISHED = {512: (6.19e6, 1.037e9), 1024: (14.66e6, 2.649e9)}  # channels: parameters, multiply-adds of 200 frames
 
@@ -53,7 +68,7 @@ def test_res2_hands_each_group_to_the_next():
         given = group + outputs[-1] if outputs else group
         outputs.append(layer.norm(F.relu(F.conv1d(given, layer.conv.weight, layer.conv.bias, padding=2, dilation=2))))
     assert len(outputs) == 7
-    torch.testing.assert_close(res2(values, None), torch.cat([*outputs, groups[7]], 1))
+    torch.testing.assert_close(res2(values[:, :, None], None).squeeze(2), torch.cat([*outputs, groups[7]], 1))
 
 
 def test_a_gate_sees_only_the_mean():
@@ -83,6 +98,40 @@ def test_pooling_a_constant_channel_has_a_finite_gradient():
     values = torch.zeros(2, 6, 11, requires_grad=True)
     pool(values, None).sum().backward()
     assert values.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 11]])
+def test_the_gradient_of_pooling_is_that_of_its_formula(lengths):
+    """The written-out gradient against autograd's of the same formula, also where a channel is constant."""
+    torch.manual_seed(0)
+    pool = AttentiveStatistics(6, 4)
+    values, gradient = torch.randn(2, 6, 11).relu(), torch.randn(2, 12)
+    values[0, 2] = 1.0
+    padding = None if lengths is None else frame_padding(torch.tensor(lengths), 11)
+    inside = torch.ones(2, 1, 11) if padding is None else (~padding).float()
+
+    def formula(values):
+        frames = inside.sum(-1, keepdim=True)
+        mean = (values * inside).sum(-1, keepdim=True) / frames
+        std = ((values - mean).square() * inside).sum(-1, keepdim=True).div(frames).clamp(min=MIN_VARIANCE).sqrt()
+        context = torch.cat([values, mean.expand_as(values), std.expand_as(values)], dim=1)
+        weights = pool.logits(pool.hidden(context).tanh()).masked_fill(inside == 0, -torch.inf).softmax(-1)
+        mean = (weights * values).sum(-1, keepdim=True)
+        variance = (weights * (values - mean).square()).sum(-1, keepdim=True)
+        return torch.cat([mean, variance.clamp(min=MIN_VARIANCE).sqrt()], dim=1).squeeze(-1)
+
+    def gradients(way):
+        given = values.clone().requires_grad_()
+        return torch.autograd.grad((way(given) * gradient).sum(), [given, *pool.parameters()])
+
+    for ours, theirs in zip(gradients(lambda given: pool(given, padding)), gradients(formula), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_layout_changes_no_number(model):
+    rows = torch.randn(3, 12, 1, 20)
+    torch.testing.assert_close(convolve(model.stem.conv, rows).squeeze(2), model.stem.conv(rows.squeeze(2)))
+    torch.testing.assert_close(model.stem(rows.contiguous(memory_format=torch.channels_last)), model.stem(rows))
 
 
 def test_padding_has_no_influence(model):
@@ -117,8 +166,167 @@ def test_bfloat16_autocast_is_close_and_keeps_float32_statistics(model):
     assert F.cosine_similarity(exact, rounded.float()).min() > 0.99
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo itself does it
 def test_the_graph_has_no_breaks(model):
     explanation = torch._dynamo.explain(model)(torch.randn(2, 12, 20))
     assert explanation.graph_break_count == 0
     explanation = torch._dynamo.explain(model)(torch.randn(2, 12, 20), torch.tensor([20, 10]))
     assert explanation.graph_break_count == 0
+
+
+def zeros_beyond_the_edges(theirs, lengths):
+    for module in theirs.modules():
+        if getattr(module, "padding_mode", "") == "reflect":
+            module.padding_mode = "constant"
+
+
+def zeros_beyond_the_end(theirs, lengths):
+    padding = torch.arange(int(lengths.max())) >= lengths[:, None, None]
+
+    def silence(convolution, inputs):
+        edge = (inputs[0].shape[-1] - padding.shape[-1]) // 2  # added before the convolution
+        return (inputs[0].masked_fill(F.pad(padding, (edge, edge)), 0),)
+
+    for module in theirs.modules():
+        if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+            module.register_forward_pre_hook(silence)
+
+
+def no_norm_after_the_aggregation(theirs, lengths):
+    theirs.mfa.norm = nn.Identity()
+
+
+def no_relu_in_the_attention(theirs, lengths):
+    theirs.asp.tdnn.activation = nn.Identity()
+
+
+def no_norm_in_the_attention(theirs, lengths):
+    theirs.asp.tdnn.norm = nn.Identity()
+
+
+def a_higher_floor_of_the_variance(theirs, lengths):
+    theirs.asp.eps = 1e-7
+
+
+DIFFERENCES = (  # what to change in SpeechBrain's model to have ours: the table of docs/encoder.md
+    zeros_beyond_the_edges,
+    zeros_beyond_the_end,
+    no_norm_after_the_aggregation,
+    no_relu_in_the_attention,
+    no_norm_in_the_attention,
+    a_higher_floor_of_the_variance,
+)
+
+
+@functools.cache
+def speechbrain_class():
+    """SpeechBrain's ECAPA-TDNN, without what its import leaves behind.
+
+    That would turn TF32 on and the JIT's profiling off, for the whole process. Among its modules are stand-ins for some
+    that have moved: they warn whoever looks at them, and Hypothesis looks at all modules there are.
+    """
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("SB_DISABLE_QUIRKS", "allow_tf32,disable_jit_profiling")
+        warnings.simplefilter("ignore")  # what another toolkit's import warns of is none of ours
+        pytest.importorskip("speechbrain", reason="SpeechBrain, of the extra `test`, is not installed")
+        module = importlib.import_module("speechbrain.lobes.models.ECAPA_TDNN")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "speechbrain"]:
+        del sys.modules[name]
+    return module.ECAPA_TDNN
+
+
+def speechbrain_model():
+    """SpeechBrain's model with random weights and BatchNorms that have seen something."""
+    ecapa = speechbrain_class()
+    torch.manual_seed(0)
+    model = ecapa(80)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            for values in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                values.add_(torch.rand_like(values) - 0.5)
+    return model.eval()
+
+
+def with_weights_of(theirs):
+    """Our model with the weights of SpeechBrain's, but those of its two further norms."""
+    ours = ECAPATDNN().eval()
+    layers = [(theirs.blocks[0], ours.stem)]
+    plain = [(theirs.mfa.conv, ours.aggregate), (theirs.asp.tdnn.conv, ours.pool.hidden)]
+    plain += [(theirs.asp.conv, ours.pool.logits), (theirs.fc, ours.embedding)]
+    for block, our_block in zip(theirs.blocks[1:], ours.blocks, strict=True):
+        layers += [(block.tdnn1, our_block.enter), (block.tdnn2, our_block.leave)]
+        layers += zip(block.res2net_block.blocks, our_block.res2.layers, strict=True)
+        plain += [(block.se_block.conv1, our_block.gate.squeeze), (block.se_block.conv2, our_block.gate.excite)]
+    for layer, our_layer in layers:
+        plain.append((layer.conv, our_layer.conv))
+        our_layer.norm.load_state_dict(layer.norm.norm.state_dict())
+    ours.norm.load_state_dict(theirs.asp_bn.norm.state_dict())
+    for convolution, our_layer in plain:
+        our_layer.weight.data.copy_(convolution.conv.weight.view_as(our_layer.weight))
+        our_layer.bias.data.copy_(convolution.conv.bias)
+    for block in ours.blocks:
+        _first_group_last(block)
+    return ours
+
+
+def _first_group_last(block):
+    """Theirs, like the paper of Res2Net, passes the first group on, ours the last: the same but for channels' order."""
+    entering = [*block.enter.conv.state_dict().values(), *block.enter.norm.state_dict().values()]
+    for values in entering:
+        if values.dim():  # not BatchNorm's count of batches
+            values.copy_(values.roll(-len(values) // SCALE, 0))
+    weight = block.leave.conv.weight.data
+    weight.copy_(weight.roll(-weight.shape[1] // SCALE, 1))
+
+
+def apart(differences):
+    """How far SpeechBrain's embeddings, some differences removed, are from ours: the worst of a padded batch."""
+    theirs, lengths = speechbrain_model(), torch.tensor([64, 32, 1])
+    ours = with_weights_of(theirs)
+    for difference in differences:
+        difference(theirs, lengths)
+    features = torch.randn(3, 80, 64)
+    with torch.inference_mode():
+        expected = theirs(features.mT, lengths / 64).squeeze(1)
+        return float(((ours(features, lengths) - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def test_embeddings_are_those_of_speechbrain_but_for_the_differences_that_are_listed():
+    assert apart(DIFFERENCES) < 1e-5
+
+
+def trained(model, features, convolutions):
+    """Embeddings in training mode, and the gradients that features and some weights get from them."""
+    features = features.clone().requires_grad_()
+    embeddings = model.train()(features).flatten(1)
+    embeddings.square().sum().backward()
+    return [embeddings.detach(), features.grad.sum(0), *(convolution.weight.grad for convolution in convolutions)]
+
+
+def test_training_has_the_embeddings_gradients_and_statistics_of_speechbrain():
+    theirs = speechbrain_model()
+    ours = with_weights_of(theirs)
+    for difference in DIFFERENCES:
+        if difference is not zeros_beyond_the_end:  # no utterance ends before its batch does
+            difference(theirs, None)
+    features = torch.randn(4, 80, 60)
+    actual = trained(ours, features, [ours.stem.conv, ours.aggregate, ours.pool.hidden, ours.pool.logits])
+    convolutions = [theirs.blocks[0].conv, theirs.mfa.conv, theirs.asp.tdnn.conv, theirs.asp.conv]
+    expected = trained(theirs, features.mT, [convolution.conv for convolution in convolutions])
+    expected[1] = expected[1].mT
+    for value, their_value in zip(actual, expected, strict=True):
+        assert (value - their_value).norm() < 1e-4 * their_value.norm()
+    torch.testing.assert_close(ours.norm.running_mean, theirs.asp_bn.norm.running_mean)
+    torch.testing.assert_close(ours.norm.running_var, theirs.asp_bn.norm.running_var)
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES, ids=lambda difference: difference.__name__)
+def test_each_difference_that_is_listed_is_one(difference):
+    assert apart([other for other in DIFFERENCES if other is not difference]) > 1e-4
+
+
+def test_speechbrain_has_only_the_norms_more():
+    theirs = speechbrain_model()
+    more = [*theirs.mfa.norm.parameters(), *theirs.asp.tdnn.norm.parameters()]
+    ours = sum(weight.numel() for weight in ECAPATDNN().parameters())
+    assert ours == sum(weight.numel() for weight in theirs.parameters()) - sum(weight.numel() for weight in more)

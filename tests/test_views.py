@@ -7,7 +7,9 @@ import torch
 from learning_fixtures import ROOM_DELAY, tiny_config, write_corpus
 
 from raysv.config import SAMPLE_RATE
+from raysv.corpus.groups import Groups
 from raysv.corpus.loading import load_corpus
+from raysv.corpus.sets import TrainingSet
 from raysv.learning import views
 from raysv.learning.views import RESPONSE_SAMPLES, ViewBatches, loader, make_views
 
@@ -36,9 +38,8 @@ def tones(speakers, seconds, hertz=lambda speaker: 200 * (speaker + 1)):
     waveforms = [(8000 * np.sin(2 * np.pi * hertz(speaker) * time)).astype(np.int16) for speaker in range(speakers)]
     store = Clips(waveforms)
     labels = np.repeat(np.arange(speakers), 2)
-    return SimpleNamespace(
-        store=store, recordings=labels, labels=labels, speakers=[f"speaker {number}" for number in range(speakers)]
-    )
+    names = [f"speaker {number}" for number in range(speakers)]
+    return TrainingSet(store, labels, labels, names, Groups.by_label(labels, speakers))
 
 
 class Clips(list):

@@ -47,8 +47,11 @@ class WaveformStore:
         self.lengths: Indices = mapped(folder / "lengths.npy")
         self.usable: Indices = mapped(folder / "usable.npy")
         self._starts: Indices = mapped(folder / "starts.npy")
-        total = (folder / "samples.i16").stat().st_size // 2
-        self._samples = np.memmap(folder / "samples.i16", np.int16, "r") if total else np.zeros(0, np.int16)
+        file = folder / "samples.i16"
+        # a plain array on the map: slices of a memmap go through Python
+        self._samples = (
+            np.memmap(file, np.int16, "r").view(np.ndarray) if file.stat().st_size else np.zeros(0, np.int16)
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -230,8 +230,9 @@ def _optimizer(config: Config, learner: Learner) -> torch.optim.Optimizer:
     free = [weight for weight in learner.parameters() if weight.dim() <= 1]  # biases and norms
     groups = [{"params": decayed, "weight_decay": chosen.weight_decay}, {"params": free, "weight_decay": 0.0}]
     if chosen.name == "sgd":
-        return torch.optim.SGD(groups, chosen.learning_rate, momentum=chosen.momentum, nesterov=chosen.momentum > 0)
-    return torch.optim.AdamW(groups, chosen.learning_rate)
+        nesterov = chosen.momentum > 0
+        return torch.optim.SGD(groups, chosen.learning_rate, momentum=chosen.momentum, nesterov=nesterov, fused=True)
+    return torch.optim.AdamW(groups, chosen.learning_rate, fused=True)
 
 
 def _loader_workers(config: Config, device: torch.device) -> int:

@@ -6,6 +6,7 @@ Reading happens here, on the CPU and ahead of time; mixing happens in `make_view
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from raysv.config import SAMPLE_RATE, Config
 from raysv.corpus.audio import FULL_SCALE, take
-from raysv.corpus.loading import Corpus
 from raysv.corpus.sampling import SpeakerBatches
+from raysv.corpus.sets import Corpus
 from raysv.corpus.store import WaveformStore
 from raysv.distributed import shard, world_size
 from raysv.speech.augmentation import ADDITIVE, Choices, add_noise, choose, recipe, reverberate
@@ -72,7 +73,7 @@ def make_views(batch: Batch) -> Tensor:
 
     A view that nothing happens to keeps its samples bit for bit, in [-1, 1); noise may carry others beyond.
     """
-    views = (batch.waveforms.float() / FULL_SCALE).repeat_interleave(batch.views, dim=0)
+    views = (batch.waveforms[:, None].expand(-1, batch.views, -1) / FULL_SCALE).flatten(0, 1)
     if len(batch.room_rows):
         views[batch.room_rows] = reverberate(views[batch.room_rows], batch.rooms)
     if len(batch.noise_rows):
@@ -92,7 +93,7 @@ class ViewBatches(Dataset[Batch]):
         self.train, self.clips = corpus.train, corpus.clips
         self.batch, self.seed = config.batch, config.training.seed
         self.sampler = SpeakerBatches(
-            self.train.labels,
+            self.train.by_speaker,
             self.train.speakers,
             config.batch.speakers,
             config.batch.utterances_per_speaker,
@@ -106,8 +107,6 @@ class ViewBatches(Dataset[Batch]):
                 f"shared by {world_size()} workers: each needs one. Enlarge it or lower resources.workers."
             )
         self._mine = shard(config.batch.size)  # asked here: a loader process may not know of the other workers
-        ends = np.cumsum(np.bincount(self.train.labels))
-        self._by_speaker = np.split(np.argsort(self.train.labels, kind="stable"), ends[:-1])
         self._epoch, self._order = 0, np.zeros((0, 0), np.int64)
 
     @property
@@ -163,7 +162,7 @@ class ViewBatches(Dataset[Batch]):
             else:
                 other = self._other_speaker(speaker, choices.babbler[view][voice], clip[voice])
                 talker = _floating(self._crop(self.train.store, self.train.recordings[other], offset[voice]))
-            babble += _unit_power(talker)
+            babble += talker * np.float32(_unit_gain(talker))
         return babble
 
     def _clip(self, store: WaveformStore, which: float, offset: float) -> Floats:
@@ -171,8 +170,8 @@ class ViewBatches(Dataset[Batch]):
 
     def _other_speaker(self, speaker: int, which: float, utterance: float) -> int:
         """An utterance of anybody but this speaker."""
-        other = int(which * (len(self._by_speaker) - 1))
-        theirs = self._by_speaker[other + (other >= speaker)]
+        other = int(which * (len(self.train.speakers) - 1))
+        theirs = self.train.by_speaker[other + (other >= speaker)]
         return int(theirs[int(utterance * len(theirs))])
 
     def _room(self, which: float) -> Floats:
@@ -188,12 +187,15 @@ def loader(batches: ViewBatches, first_epoch: int, last_epoch: int, workers: int
 
 
 def _floating(samples: npt.NDArray[np.int16]) -> Floats:
-    return samples.astype(np.float32) / np.float32(FULL_SCALE)
+    floats = samples.astype(np.float32)
+    floats *= np.float32(1 / FULL_SCALE)  # in place: a page of memory touched for the first time costs more
+    return floats
 
 
-def _unit_power(waveform: Floats) -> Floats:
-    power = np.mean(waveform**2, dtype=np.float32)
-    return waveform / np.sqrt(power) if power else waveform
+def _unit_gain(waveform: Floats) -> float:
+    """What brings a waveform to a mean power of 1; 1 for silence."""
+    energy = float(waveform @ waveform)
+    return math.sqrt(len(waveform) / energy) if energy else 1.0
 
 
 def _stack_padded(rows: list[Floats]) -> Floats:

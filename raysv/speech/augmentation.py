@@ -128,7 +128,7 @@ def _mask(width: Floats, start: Floats, widest: float, size: int) -> tuple[Integ
 def active_power(waveforms: Tensor) -> Tensor:
     """Mean power of the speech, `(n, samples)` → `(n,)`: of the 20 ms frames within 30 dB of the loudest one."""
     whole = waveforms.shape[-1] // FRAME * FRAME
-    power = waveforms[:, :whole].unflatten(-1, (-1, FRAME)).square().mean(-1)
+    power = _power(waveforms[:, :whole].unflatten(-1, (-1, FRAME)))
     active = power >= power.amax(-1, keepdim=True) * 10 ** (-ACTIVE_DB / 10)
     return (power * active).sum(-1) / active.sum(-1)
 
@@ -140,10 +140,10 @@ def add_noise(waveforms: Tensor, noise: Tensor, snr_db: Tensor) -> Tensor:
         waveforms, noise: `(n, samples)`.
         snr_db: `(n,)`.
     """
-    noise_power = noise.square().mean(-1)
+    noise_power = _power(noise)
     wanted = active_power(waveforms) / 10 ** (snr_db / 10)
     gain = torch.where(noise_power > 0, wanted / noise_power.clamp_min(1e-20), 0).sqrt()  # a silent clip adds nothing
-    return waveforms + gain[:, None] * noise
+    return torch.addcmul(waveforms, gain[:, None], noise)
 
 
 def reverberate(waveforms: Tensor, responses: Tensor) -> Tensor:
@@ -159,6 +159,11 @@ def reverberate(waveforms: Tensor, responses: Tensor) -> Tensor:
     wet = torch.fft.irfft(spectrum, size)[:, :samples]
     gain = (active_power(waveforms) / active_power(wet).clamp_min(1e-20)).sqrt()
     return wet * gain[:, None]
+
+
+def _power(values: Tensor) -> Tensor:
+    """Mean square over the last dimension, in one pass."""
+    return torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
 
 
 def _fft_size(least: int) -> int:

@@ -16,7 +16,7 @@ FFT_SIZE = 512
 MELS = 80
 PREEMPHASIS = 0.97
 LOWEST_HZ = 20.0
-CPU_ROWS = 8  # waveforms at a time on a CPU: what stays in its cache is twice as fast
+CPU_ROWS = 4  # waveforms at a time on a CPU: what stays in its cache is twice as fast
 INT16_SCALE = 2.0**15  # Kaldi's samples are 16-bit integers, ours lie in [-1, 1)
 
 Count = TypeVar("Count", int, Tensor)
@@ -42,7 +42,8 @@ class Fbank(nn.Module):
         banks, _ = get_mel_banks(mels, FFT_SIZE, SAMPLE_RATE, LOWEST_HZ, nyquist, 100.0, -500.0, 1.0)
         window = torch.hamming_window(FRAME_SAMPLES, periodic=False) * INT16_SCALE
         self.register_buffer("window", window, persistent=False)
-        self.register_buffer("mel_banks", nn.functional.pad(banks, (0, 1)), persistent=False)  # Nyquist weighs nothing
+        banks = nn.functional.pad(banks, (0, 1)).T.contiguous()  # Nyquist weighs nothing
+        self.register_buffer("mel_banks", banks, persistent=False)
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Features `(..., mels, frames)`, always float32, of waveforms `(..., samples)` in [-1, 1) at 16 kHz.
@@ -61,14 +62,24 @@ class Fbank(nn.Module):
 
     def _log_mel(self, waveforms: Tensor) -> Tensor:
         with torch.autocast(waveforms.device.type, enabled=False):
-            frames = waveforms.float().unfold(-1, FRAME_SAMPLES, HOP_SAMPLES)
-            frames = frames - frames.mean(-1, keepdim=True)
-            previous = torch.cat([frames[..., :1], frames[..., :-1]], -1)
-            frames = (frames - PREEMPHASIS * previous) * self.window
-            spectrum = torch.fft.rfft(frames, FFT_SIZE)
-            power = spectrum.real.square() + spectrum.imag.square()
-            mel = self.mel_banks @ power.mT
-            return mel.clamp(min=torch.finfo(torch.float32).eps).log()
+            spectrum = torch.fft.rfft(self._frames(waveforms.float()))
+            power = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
+            mel = power @ self.mel_banks
+            return mel.clamp(min=torch.finfo(torch.float32).eps).log().mT
+
+    def _frames(self, waveforms: Tensor) -> Tensor:
+        """Frames `(..., frames, FFT_SIZE)` less their mean, pre-emphasised, windowed, with zeros behind."""
+        unfolded = waveforms.unfold(-1, FRAME_SAMPLES, HOP_SAMPLES)
+        centred = unfolded - unfolded.mean(-1, keepdim=True)
+        frames = waveforms.new_empty((*unfolded.shape[:-1], FFT_SIZE))
+        frames[..., FRAME_SAMPLES:] = 0
+        whole = frames[..., :FRAME_SAMPLES]
+        whole.copy_(centred)
+        before = centred.mul_(PREEMPHASIS)  # `sub_(alpha=)` would round once less than Kaldi's reference
+        whole[..., 1:].sub_(before[..., :-1])
+        whole[..., :1].sub_(before[..., :1])  # a frame's first sample has itself before it
+        whole.mul_(self.window)
+        return frames
 
 
 def frame_padding(lengths: Tensor, frames: int) -> Tensor:
