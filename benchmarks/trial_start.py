@@ -126,7 +126,6 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4)
     chosen = parser.parse_args()
     print(machine())
-    os.environ["RAYSV_CACHE"] = tempfile.mkdtemp(prefix="raysv-cache-")
     for workers in chosen.workers:
         space = space_from_dict(TREE | {"resources": {"workers": workers, "gpus_per_worker": 0.0}}, "start")
         config = space.config({"loss.margin": 0.2})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raysv.search.desk import RETRIES, Desk, Task, WorkersError
+from raysv.search.desk import RETRIES, Desk, StoppedError, Task, WorkersError
 
 ONE, OTHER = (Task({"training": {"seed": seed}}, f"/kept/{seed}", threads=1, tests=False) for seed in (1, 2))
 SHORT = 0.05  # seconds; long enough for everything that can happen without waiting
@@ -119,11 +119,40 @@ def test_a_task_is_given_up_when_its_workers_died_too_often() -> None:
         await desk.lay_down(ONE)
         for turn in range(1 + RETRIES):
             await desk.pick_up(f"group {turn}", True, 0)
+            await desk.count_death(f"Worker {turn} died")
         late = asyncio.create_task(desk.pick_up("one more", True, 0))
-        with pytest.raises(WorkersError, match="A worker was killed"):
+        with pytest.raises(WorkersError, match=f"Worker {RETRIES} died"):
             await desk.next_result()
         await desk.lay_down(OTHER)
         assert await late == (2, OTHER)
+
+    on_a_desk(scene)
+
+
+def test_workers_that_die_before_they_come_to_the_desk_count_too() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.lay_down(ONE)
+        for _ in range(1 + RETRIES):
+            await desk.count_death("Worker 0 died: NCCL could not start")
+        with pytest.raises(WorkersError, match="NCCL could not start"):
+            await desk.next_result()
+
+    on_a_desk(scene)
+
+
+def test_workers_that_die_while_there_is_nothing_to_do_are_not_held_against_the_next_task() -> None:
+    async def scene(desk: Desk) -> None:
+        ghosts = []  # Ray does not cancel the call of a caller that died
+        for turn in range(3):
+            ghosts.append(asyncio.create_task(desk.pick_up(f"dead {turn}", True, 0)))
+            await asyncio.sleep(0)
+            await desk.count_death("Worker 0 died")
+        first, other = (asyncio.create_task(desk.pick_up("living", first, 0)) for first in (True, False))
+        await asyncio.sleep(0)
+        await desk.lay_down(ONE)
+        assert [await first, await other] == [(1, ONE), (1, ONE)]
+        assert await waits(desk.next_result())
+        assert all(isinstance(end, StoppedError) for end in await asyncio.gather(*ghosts, return_exceptions=True))
 
     on_a_desk(scene)
 
@@ -134,10 +163,9 @@ def test_what_a_worker_said_before_it_gave_up_is_told() -> None:
         for turn in range(1 + RETRIES):
             await desk.pick_up(f"group {turn}", True, 0)
             await desk.give_up(1, f"OutOfMemoryError: {turn}", again=True)
-        late = asyncio.create_task(desk.pick_up("one more", True, 0))
+            await desk.count_death("Worker 0 died")
         with pytest.raises(WorkersError, match="OutOfMemoryError: 0"):
             await desk.next_result()
-        late.cancel()
 
     on_a_desk(scene)
 

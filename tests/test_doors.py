@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -198,6 +199,40 @@ def test_two_workers_learn_from_real_speech(desk: Desk) -> None:
     (trial,) = trials_of(desk.folder / "results" / "speech")
     assert trial["outcome"] == "complete"
     assert float(trial["dev_eer"]) < 0.25
+
+
+def processes_of(driver: subprocess.Popen[str], name: str) -> set[int]:
+    """The Ray processes below a driver that say they are so."""
+    below = psutil.Process(driver.pid).children(recursive=True)
+    return {process.pid for process in below if name in " ".join(process.cmdline())}
+
+
+@pytest.mark.slow
+def test_a_team_outlives_its_trials_and_a_killed_process_takes_nothing_with_it(desk: Desk) -> None:
+    settings = ["resources.workers=2", "resources.gpus_per_worker=0", "search.concurrent_trials=1"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    driver = desk.open("tune.py", "space.yaml", "--name", "team", *options)
+    words = printed_until(driver, f"t000  epoch 1/{EPOCHS}")
+    (trial_process,) = processes_of(driver, "ImplicitFunc")
+    os.kill(trial_process, signal.SIGKILL)
+    teams = []
+    for trial in range(TRIALS - 1):
+        words += printed_until(driver, f"t{trial:03d}  epoch {1 if trial else EPOCHS}/{EPOCHS}")
+        teams.append(processes_of(driver, "RayTrainWorker"))
+    assert "t000  goes on" in words
+    assert len(teams[0]) == 2
+    assert teams[1] == teams[2] == teams[0]
+    below = {process.pid for process in psutil.Process(driver.pid).children(recursive=True)}
+    rest, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, words + rest
+    rows = trials_of(desk.folder / "results" / "team")
+    assert len(rows) == TRIALS
+    assert {row["outcome"] for row in rows} <= {"complete", "pruned"}
+    assert "pruned" in {row["outcome"] for row in rows}
+    deadline = time.monotonic() + 30
+    while left := {pid for pid in below if psutil.pid_exists(pid)}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
 
 
 @pytest.mark.slow

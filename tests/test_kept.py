@@ -112,6 +112,15 @@ def test_a_node_that_has_nothing_loads_it_once(data, monkeypatch, tmp_path, no_r
     assert open_corpus(data, NOISY, checked).digests == checked
 
 
+def test_a_node_with_other_lists_than_were_checked_is_refused(tiny_corpus, data, monkeypatch, tmp_path):
+    checked = load_corpus(data, NOISY).digests
+    monkeypatch.setenv("RAYSV_CACHE", str(tmp_path / "another node"))
+    pairs = tiny_corpus / "dev_pairs.txt"
+    pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[3:]))
+    with pytest.raises(ValueError, match=r"dev pairs below .* differ from what was checked"):
+        open_corpus(data, NOISY, checked)
+
+
 def test_without_an_earlier_check_everything_is_checked(tiny_corpus, data):
     load_corpus(data, QUIET)
     write_audio(tiny_corpus / "train-0/0.wav", np.zeros(2000))

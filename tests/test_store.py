@@ -189,7 +189,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(recordings, cache, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=f"{cache} cannot keep decoded recordings: .*No space left"):
+    with pytest.raises(OSError, match=f"{cache} cannot keep decoded recordings and their lists: .*No space left"):
         open_store(recordings, cache)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 

@@ -17,6 +17,7 @@ from raysv.search.desk import Task, WorkersError
 WORKERS, EPOCHS = 2, 3
 # rounding stays rounding where nothing is chaotic yet
 CALM = {"optimizer__learning_rate": 1e-5, "training__epochs": EPOCHS, "batch__speakers": 3}
+BESIDE = {"CPU": 0.0, "node:__internal_head__": 0.01}  # what fits beside the other team
 Result = dict[str, Any]
 
 pytestmark = [
@@ -44,7 +45,6 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "local")
-        patch.setenv("RAY_NUM_CPUS", "2")
         cluster.connect()
         yield Team(WORKERS, {"CPU": 1.0}, str(tmp_path_factory.mktemp("storage")))
         ray.shutdown()
@@ -123,3 +123,19 @@ def test_a_task_that_cannot_be_trained_fails_at_once_and_the_next_is_trained(
     with pytest.raises(WorkersError, match=r"ValueError.*batch\.speakers"):
         results_of(team, task(root, "impossible", batch__speakers=100))
     assert_like(results_of(team, task(root, "possible")), undisturbed)
+
+
+def test_workers_that_cannot_come_together_fail_the_task_instead_of_waiting_for_ever(
+    team: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from raysv.search import team as module
+
+    def come_to_nothing(setup: dict[str, Any]) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(module, "serve", come_to_nothing)
+    with pytest.raises(WorkersError, match="no network"):
+        results_of(module.Team(1, BESIDE, str(tmp_path / "trials")), task(root, "never"))
+    assert ray.is_initialized()

@@ -129,3 +129,10 @@ def test_recordings_that_are_left_out_are_named_before_a_study(
     corpus = tuner.check_data(space_from_dict(tree | TREE, "small"))
     assert corpus.clips.keys() == {"noise", "reverb"}
     assert f"left out: {tiny_corpus / 'train-0/0.wav'}: it is silent from beginning to end\n" in capsys.readouterr().out
+
+
+def test_trials_that_differ_in_their_data_look_for_themselves() -> None:
+    corpus: Any = SimpleNamespace(digests={"train": "abc"})
+    assert tuner._checked(space_from_dict(TREE, "small"), corpus) == {"train": "abc"}
+    searched = TREE | {"data": {"train": {"choice": ["train.csv", "few.csv"]}}}
+    assert tuner._checked(space_from_dict(searched, "small"), corpus) == {}

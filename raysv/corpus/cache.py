@@ -46,8 +46,8 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
                 _make(folder, make)
     except OSError as error:
         raise OSError(
-            f"{folder.parent} cannot keep decoded recordings: {error}. Name a folder with room by data.cache or "
-            "RAYSV_CACHE."
+            f"{folder.parent} cannot keep decoded recordings and their lists: {error}. Name a folder with room by "
+            "data.cache or RAYSV_CACHE."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def open_corpus(data: DataConfig, augment: AugmentConfig, checked: Mapping[str, 
         checked: the `digests` of what `load_corpus` found, here or on another node; it may hold more parts than asked
             for.
 
-    Raises: see `load_corpus`.
+    Raises: see `load_corpus`; ValueError also when this node has other lists or audio than were checked.
     """
     cache = cache_folder(data)
     wanted = part_names(data.test_pairs if tests else (), _clip_kinds(data, augment))
@@ -77,7 +78,13 @@ def open_corpus(data: DataConfig, augment: AugmentConfig, checked: Mapping[str, 
     if kept := open_kept(digests, cache):
         return kept
     with alone(kept_folder(digests, cache), "-load"):
-        return open_kept(digests, cache) or load_corpus(data, augment, tests=tests)
+        corpus = open_kept(digests, cache) or load_corpus(data, augment, tests=tests)
+    if differing := [name for name, told in digests.items() if told and told != corpus.digests[name]]:
+        raise ValueError(
+            f"On {socket.gethostname()}, {' and '.join(differing)} below {data.root} differ from what was checked when "
+            "the study started. Give all nodes the same lists and recordings."
+        )
+    return corpus
 
 
 def load_pairs(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import platform
 import shutil
@@ -146,6 +147,9 @@ def keep_checkpoint(folder: Path, kept: Path) -> Path:
     aside = target.with_suffix(".partial")
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(folder, aside)
+    for file in aside.iterdir():  # the name must not reach the disk before what it stands for
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     best = min(history, key=lambda metrics: metrics["dev/eer"])

@@ -16,12 +16,13 @@ class StudyCard:
 
     Attributes:
         tracking_uri: absolute if it names a file.
-        name: names the study's run, and makes it unique within the experiment.
+        name: names the study's run.
         base: the full configuration tree; a trial's values replace some of its leaves.
         resources: of every trial; they go into its `config.yaml` with its configuration.
         space: the whole search space as YAML.
         searched: the dotted keys of the leaves that are open.
         epochs: of a trial that is not stopped early.
+        study_id: tells the study from others of its name; the name itself if empty.
         tags: of the study and of every trial: revision, data, versions.
         description: Markdown, what is searched.
         resolve: what a trial's full tree comes to beside its own values, to be logged with them.
@@ -34,6 +35,7 @@ class StudyCard:
     space: str
     searched: list[str]
     epochs: int
+    study_id: str = ""
     tags: dict[str, str] = field(default_factory=dict)
     description: str = ""
     experiment: str = "raysv"

@@ -46,8 +46,8 @@ def connect() -> str:
     """Join the cluster of `RAY_ADDRESS`, or the one that `ray start` made on this machine, or start a private one.
 
     Returns: where it is, in words.
-    Raises: ValueError when the address does not answer, or the cluster lacks the service that frees a stopped trial's
-        workers.
+    Raises: ValueError when the address does not answer, or the cluster lacks the service that frees the workers of a
+        trial's process.
     """
     for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -105,7 +105,7 @@ def _await_dashboard() -> None:
                 ray.shutdown()
                 raise ValueError(
                     f"The cluster's dashboard does not answer: {error}. Without it Ray Train cannot free the workers "
-                    "of a trial that was stopped, and the study would starve. Install ray[default] on the head node "
+                    "of a trial whose process ended, and the study would starve. Install ray[default] on the head node "
                     "and leave the dashboard on."
                 ) from error
             time.sleep(1)

@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-RETRIES = 1  # of a task whose workers died
+RETRIES = 1  # of a task whose workers died: how often they may be replaced
 
 Result = dict[str, Any]
 
@@ -53,8 +53,9 @@ class Desk:
         self._change = asyncio.Condition()
         self._number = 0  # of the task that was laid down last
         self._task: Task | None = None  # None: nothing to do
-        self._starts = 0  # how often it was begun
-        self._begun_by = ""  # the group of workers that began it last
+        self._deaths = 0  # how often its workers had to be replaced
+        self._group = ""  # of workers, whose first has come to the desk last
+        self._begun_by = ""  # the group that is at the task
         self._failure = ""  # why it cannot be trained
         self._trouble = ""  # what a worker said before it gave up
         self._results: list[Result | None] = []  # not yet fetched by the trial; None: trained to the end
@@ -64,7 +65,7 @@ class Desk:
         """A new task."""
         async with self._change:
             self._number, self._task = self._number + 1, task
-            self._starts, self._begun_by, self._failure, self._trouble = 0, "", "", ""
+            self._deaths, self._begun_by, self._failure, self._trouble = 0, "", "", ""
             self._results, self._noted = [], 0
             self._change.notify_all()
 
@@ -94,20 +95,24 @@ class Desk:
     async def pick_up(self, group: str, first: bool, after: int) -> tuple[int, Task]:
         """The next task and its number, for a worker of a group that has seen the tasks up to `after`.
 
-        The first worker of a group begins a task, the others then follow, so that all do the same.
+        The first worker of a group begins a task, the others then follow, so that all do the same. Ray goes on with
+        the call of a worker that died while it waited here: one that another group has followed gets nothing.
         """
         async with self._change:
-            while True:
-                await self._change.wait_for(
-                    lambda: self._task is not None and self._number > after and (first or self._begun_by == group)
+            if first:
+                self._group = group
+                self._change.notify_all()
+            await self._change.wait_for(
+                lambda: (
+                    (first and self._group != group)
+                    or (self._task is not None and self._number > after and (first or self._begun_by == group))
                 )
-                assert self._task is not None
-                self._starts += first
-                if self._starts <= 1 + RETRIES:
-                    self._begun_by = group
-                    self._change.notify_all()
-                    return self._number, self._task
-                self._fail(self._trouble or "A worker was killed.")
+            )
+            if self._task is None or self._group != group:
+                raise StoppedError
+            self._begun_by = group
+            self._change.notify_all()
+            return self._number, self._task
 
     async def hand_in(self, number: int, result: Result | None) -> None:
         """A result of the task, from its first worker."""
@@ -129,6 +134,14 @@ class Desk:
                 self._trouble = self._trouble or trouble
                 if not again:
                     self._fail(trouble)
+
+    async def count_death(self, reason: str) -> None:
+        """The workers are being replaced, whatever they were doing."""
+        async with self._change:
+            if self._task is not None:
+                self._deaths += 1
+                if self._deaths > RETRIES:
+                    self._fail(self._trouble or reason)
 
     def _open(self, number: int) -> bool:
         return number == self._number and self._task is not None

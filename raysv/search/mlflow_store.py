@@ -19,7 +19,8 @@ from raysv.config import read_yaml
 from raysv.search.results import METRIC
 from raysv.search.wording import first_line
 
-KIND, STUDY, TRIAL = "raysv.kind", "raysv.study", "raysv.trial_id"  # tags; the trial's id makes its run unique
+# tags; the ids make the runs of studies and trials unique
+KIND, STUDY, STUDY_ID, TRIAL = "raysv.kind", "raysv.study", "raysv.study_id", "raysv.trial_id"
 CONFIG_FILE = "config.yaml"  # artifact of a trial's run: its full configuration
 SETTINGS = {  # of MLflow, unless the environment has others: by default it waits minutes for a server that is gone
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",

@@ -17,7 +17,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from raysv.config import flatten, with_values
 from raysv.search.cards import StudyCard, TrialCard
 from raysv.search.figures import det_figure, read_det
-from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, TRIAL, connect, experiment_id, search_runs
+from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
 from raysv.search.results import METRIC, metrics_by_epoch
 from raysv.search.wording import markdown, show_value
 
@@ -173,11 +173,15 @@ class StudyRuns:
             )
         return self._trials[card.trial_id]
 
+    @property
+    def _of_study(self) -> dict[str, str]:
+        return {STUDY: self._card.name, STUDY_ID: self._card.study_id or self._card.name}
+
     def _create(self, name: str, tags: dict[str, str]) -> Run:
-        return self._client.create_run(self._experiment, tags={STUDY: self._card.name} | tags, run_name=name)
+        return self._client.create_run(self._experiment, tags=self._of_study | tags, run_name=name)
 
     def _search(self, tags: dict[str, str]) -> list[Run]:
-        return search_runs(self._client, self._experiment, {STUDY: self._card.name} | tags)
+        return search_runs(self._client, self._experiment, self._of_study | tags)
 
     def _find(self, tags: dict[str, str]) -> Run | None:
         return next(iter(self._search(tags)), None)

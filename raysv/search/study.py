@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -169,7 +170,7 @@ def open_study(space: Space, results: Path, tracking_uri: str, name: str | None 
         raise ValueError(f"There is a study {folder} already. Go on with it (--resume), or give another --name.")
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(space.to_dict(), folder / SPACE_FILE, f"What study {folder.name} searches.")
-    note_start(folder, space=space.name, tracking_uri=tracking_uri)
+    note_start(folder, id=uuid.uuid4().hex, space=space.name, tracking_uri=tracking_uri)
     return folder
 
 
@@ -179,7 +180,7 @@ def note_start(folder: Path, **facts: Any) -> None:
 
 
 def started(folder: Path) -> dict[str, Any]:
-    """How a study was started: its `space`, its `tracking_uri` and, once it ran, its `concurrent_trials`."""
+    """How a study was started: its `id`, its `space`, its `tracking_uri` and, once it ran, its `concurrent_trials`."""
     return read_yaml(folder / STARTED_FILE) if (folder / STARTED_FILE).exists() else {}
 
 

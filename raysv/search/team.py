@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.exceptions
 import ray.train
 import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysv.search.desk import Desk, Result, Task, WorkersError
 from raysv.search.results import TIME
 from raysv.search.worker import serve
 
+STARTS = 20  # attempts to bring a team together; one that waits for a node takes a minute
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
@@ -32,12 +33,25 @@ TRAIN_SETTINGS = {
 }
 
 
+class _DeathNotes(ray.train.UserCallback):
+    """Tells the desk of dead workers, also of those that died before they ever came to it; runs where Train does."""
+
+    def __init__(self, desk: Any) -> None:
+        self._desk = desk
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        worker, error = next(iter(worker_exceptions.items()))
+        reason = next(line for line in f"{error}\n{error!r}".splitlines() if line.strip())
+        self._desk.count_death.remote(f"Worker {worker} died: {reason}")
+
+
 class Team:
     """The workers and their desk, kept by the process of a trial."""
 
     def __init__(self, workers: int, resources: dict[str, float], storage: str) -> None:
         os.environ.update(TRAIN_SETTINGS)
-        self._desk = ray.remote(num_cpus=0)(Desk).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk).remote()
         self._end: BaseException | None = None
         trainer = ray.train.torch.TorchTrainer(
             serve,
@@ -47,8 +61,10 @@ class Team:
             ),
             run_config=ray.train.RunConfig(
                 name=uuid.uuid4().hex[:12],
-                storage_path=str(Path(storage, "teams")),
-                failure_config=ray.train.FailureConfig(max_failures=-1),  # the desk counts them, by task
+                storage_path=str(Path(storage).with_name("teams")),
+                callbacks=[_DeathNotes(self._desk)],
+                # deaths are counted at the desk, by task; here only what keeps a team from coming together at all
+                failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=STARTS),
             ),
         )
         threading.Thread(target=self._run, args=(trainer,), daemon=True).start()
@@ -56,6 +72,7 @@ class Team:
     def _run(self, trainer: Any) -> None:
         try:
             trainer.fit()
+            self._end = WorkersError("The workers left.")
         except BaseException as error:
             self._end = error
 
@@ -70,20 +87,18 @@ class Team:
                 report(metrics)
                 ray.get(self._desk.note.remote(int(metrics[TIME])))
         finally:
-            ray.get(self._desk.clear.remote())
+            self._desk.clear.remote()
 
     def _next_result(self) -> Result | None:
         pending = self._desk.next_result.remote()
         while not ray.wait([pending], timeout=1)[0]:
             if self._end:
                 raise WorkersError(f"Ray Train gave the workers up: {self._end}") from self._end
-        try:
-            return ray.get(pending)
-        except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+        result: Result | None = ray.get(pending)
+        return result
 
 
 @functools.cache
 def team_of(workers: int, resources: tuple[tuple[str, float], ...], storage: str) -> Team:
-    """The team of this process, made when it is first asked for."""
+    """The team of this process, made when it is first asked for. A trial that fails takes the process with it."""
     return Team(workers, dict(resources), storage)

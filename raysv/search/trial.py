@@ -13,7 +13,7 @@ from raysv.config import config_to_dict
 from raysv.search.desk import Task
 from raysv.search.space import Space
 
-# Of Tune: how long a stopped trial has to leave its process to the next one. When it fails to, Tune waits for ever.
+# Of Tune: how long a stopped trial has to leave its process to the next one; if it has not by then, that one fails.
 LEAVE_VARIABLE, LEAVE_SECONDS = "TUNE_FUNCTION_THREAD_TIMEOUT_S", 600
 
 

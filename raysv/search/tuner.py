@@ -77,7 +77,7 @@ def run_study(
     try:
         allotment = _allot(space, folder, resume)
         print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
-        job = Job(space, allotment.gpus_per_worker, str(folder / "trials"), corpus.digests, tests)
+        job = Job(space, allotment.gpus_per_worker, str(folder / "trials"), _checked(space, corpus), tests)
         trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
         if resume:
             tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
@@ -91,6 +91,11 @@ def run_study(
     study = read_study(folder)
     study.write(folder)
     return study
+
+
+def _checked(space: Space, corpus: Corpus) -> dict[str, str]:
+    """The digests by which trials open the corpus; none where they differ in their data, and each has to look."""
+    return {} if any(key.startswith("data.") for key in space.ranges) else corpus.digests
 
 
 def _allot(space: Space, folder: Path, resume: bool) -> cluster.Allotment:
@@ -166,6 +171,7 @@ def _tracking(
             space=(folder / SPACE_FILE).read_text(encoding="utf-8"),
             searched=list(space.ranges),
             epochs=space.epochs,
+            study_id=started(folder).get("id", ""),
             tags=_provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)},
             resolve=_resolved,
             description=f"{count} of {space.epochs} epochs, searching\n\n{searched}",

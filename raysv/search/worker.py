@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import torch
 
 from raysv.config import config_from_dict
@@ -29,7 +30,10 @@ def train(task: Task, report: Callable[[Result], None], device: torch.device) ->
     Args:
         report: called by every worker with the metrics of each epoch.
     """
-    if device.type == "cpu":
+    gc.collect()  # the process has trained before; only now nothing refers to that any more
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
         torch.set_num_threads(task.threads)
     kept = Path(task.kept)
     latest = agree(latest_checkpoint(kept))
@@ -44,10 +48,6 @@ def train(task: Task, report: Callable[[Result], None], device: torch.device) ->
     except DivergedError as error:
         # an answer, not an accident: trying again would diverge again, and the search is to learn from it
         report({TIME: error.epoch, METRIC: CHANCE, "failure": str(error)})
-    finally:
-        gc.collect()  # the process goes on to the next trial, which wants the memory
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def train_alone(task: Task, report: Callable[[Result], None], *, gpu: bool) -> None:
@@ -62,7 +62,10 @@ def serve(setup: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     desk, group, number = setup["desk"], agree(uuid.uuid4().hex), 0
     while True:
-        number, task = ray.get(desk.pick_up.remote(group, rank() == 0, number))
+        try:
+            number, task = ray.get(desk.pick_up.remote(group, rank() == 0, number))
+        except ray.exceptions.RayActorError:
+            return  # the trial's process is gone, and this team with it
         report = functools.partial(_report, desk, number)
         try:
             train(task, report, device)

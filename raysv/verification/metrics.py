@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 
+MOST_DRAWN = 2**22  # speakers drawn at a time in a bootstrap, over all its rounds: bounds the memory
 INTERVAL_LEVEL = 0.9  # of the interval of an EER
 
 
@@ -115,18 +116,26 @@ def bootstrap_eer(
     names, numbers = np.unique(np.concatenate([enrolment_speakers, test_speakers]), return_inverse=True)
     enrolment, test = numbers.reshape(2, -1)
     pairs = _rank_pairs(values, same, enrolment, test, len(names))
+    rates: list[float] = []
+    while len(rates) < rounds:
+        rates += _bootstrap_rounds(pairs, len(names), min(rounds - len(rates), MOST_DRAWN // len(names) + 1), generator)
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _bootstrap_rounds(pairs: _RankedPairs, speakers: int, rounds: int, generator: np.random.Generator) -> list[float]:
+    """The EERs of some draws of speakers."""
     end = len(pairs.target_cuts) - 1
-    counts, totals = np.empty((0, len(names))), np.empty((2, 0))
+    counts, totals = np.empty((0, speakers)), np.empty((2, 0))
     while len(counts) < rounds:
-        more = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), rounds - len(counts))
+        more = generator.multinomial(speakers, np.full(speakers, 1 / speakers), rounds - len(counts))
         weights = _weights(pairs, more.astype(float), 0, end)
         usable = weights.all(0)
         counts = np.concatenate([counts, more[usable]])
         totals = np.concatenate([totals, weights[:, usable]], axis=1)
     ones, zeros = np.ones(rounds), np.zeros(rounds)
     rates = _drawn_eers(pairs, counts, totals, 0, end, np.stack([zeros, ones]), np.stack([ones, zeros]))
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return list(rates)
 
 
 class _RankedPairs(NamedTuple):
