@@ -68,10 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _verify_recordings(chosen: argparse.Namespace) -> None:
-    for option in ("cohort", "centre"):
+    for option in ("root", "utterances", "enrolments", "cohort", "centre", "scores"):
         if getattr(chosen, option):
             raise ValueError(
-                f"--{option} goes with a pair list: the threshold for two recordings is one of plain cosines."
+                f"--{option} goes with a pair list: two recordings are compared by their plain cosine, at a threshold "
+                "of plain cosines."
             )
     encoder = load_encoder(chosen.checkpoint)
     _, description = describe_checkpoint(chosen.checkpoint)

@@ -288,8 +288,8 @@ def test_three_recordings_are_refused(refused, root, checkpoint):
     assert "Name two recordings or one pair list, got 3 files" in refused(checkpoint, *recordings)
 
 
-@pytest.mark.parametrize("option", ["--cohort", "--centre"])
-def test_a_list_to_normalise_two_recordings_by_is_refused(refused, root, checkpoint, option):
+@pytest.mark.parametrize("option", ["--cohort", "--centre", "--root", "--utterances", "--enrolments", "--scores"])
+def test_what_two_recordings_have_no_use_for_is_refused(refused, root, checkpoint, option):
     pair = (root / "dev-0/10.wav", root / "dev-0/11.wav")
     assert f"{option} goes with a pair list" in refused(checkpoint, *pair, option, root / "train.csv")
 
