@@ -77,7 +77,7 @@ def test_workers_go_on_only_when_the_trial_has_taken_note() -> None:
         asked = [asyncio.create_task(desk.may_go_on(1, 1)) for _ in range(2)]
         await desk.hand_in(1, {"epoch": 1})
         assert await waits(asyncio.shield(asked[0]))
-        await desk.note(1)
+        await desk.note(1, 1)
         assert [await answer for answer in asked] == [True, True]
         assert await waits(desk.may_go_on(1, 2))
 
@@ -89,7 +89,7 @@ def test_a_trial_that_ends_sends_its_workers_away() -> None:
         await desk.lay_down(ONE)
         asked = asyncio.create_task(desk.may_go_on(1, 1))
         await asyncio.sleep(0)
-        await desk.clear()
+        await desk.clear(1)
         assert await asked is False
         await desk.hand_in(1, {"epoch": 2})  # of workers that have not heard of it yet
         await desk.lay_down(OTHER)
@@ -105,7 +105,7 @@ def test_workers_that_begin_again_may_repeat_what_the_dead_ones_said() -> None:
         await desk.pick_up("old", True, 0)
         await desk.hand_in(1, {"epoch": 1})
         await desk.next_result()
-        await desk.note(1)
+        await desk.note(1, 1)
         assert await desk.pick_up("new", True, 0) == (1, ONE)
         await desk.hand_in(1, {"epoch": 1})
         assert await desk.may_go_on(1, 1) is True
@@ -164,8 +164,42 @@ def test_what_a_worker_said_before_it_gave_up_is_told() -> None:
             await desk.pick_up(f"group {turn}", True, 0)
             await desk.give_up(1, f"OutOfMemoryError: {turn}", again=True)
             await desk.count_death("Worker 0 died")
-        with pytest.raises(WorkersError, match="OutOfMemoryError: 0"):
+        with pytest.raises(WorkersError, match=f"Worker 0 died\nOutOfMemoryError: {RETRIES}"):
             await desk.next_result()
+
+    on_a_desk(scene)
+
+
+def test_the_end_of_a_trial_that_is_heard_late_does_not_end_the_next() -> None:
+    async def scene(desk: Desk) -> None:
+        first, second = await desk.lay_down(ONE), await desk.lay_down(OTHER)
+        await desk.clear(first)
+        await desk.note(first, 1)
+        assert await desk.pick_up("group", True, 0) == (second, OTHER)
+        assert await waits(desk.may_go_on(second, 1))
+
+    on_a_desk(scene)
+
+
+def test_a_death_that_is_heard_late_leaves_the_next_task_its_retry() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.clear(await desk.lay_down(ONE))
+        await desk.lay_down(OTHER)
+        await desk.count_death("Worker 0 died, at the end of the task before")
+        await desk.count_death("Worker 0 died")
+        assert await desk.pick_up("group", True, 0) == (2, OTHER)
+
+    on_a_desk(scene)
+
+
+def test_followers_take_up_what_their_first_worker_did_even_if_it_has_ended() -> None:
+    async def scene(desk: Desk) -> None:
+        number = await desk.lay_down(ONE)
+        await desk.pick_up("group", True, 0)
+        await desk.clear(number)
+        await desk.lay_down(OTHER)
+        assert await desk.pick_up("group", False, 0) == (number, ONE)
+        assert await desk.may_go_on(number, 1) is False
 
     on_a_desk(scene)
 

@@ -151,3 +151,12 @@ def test_a_trial_that_tune_forgot_is_removed(tracking_uri: str) -> None:
     (known,) = runs(tracking_uri)
     assert known.data.tags["raysv.trial_id"] == "id1"
     assert known.info.status == runs(tracking_uri, "study")[0].info.status == "FINISHED"
+
+
+def test_two_studies_of_one_name_leave_each_other_alone(tracking_uri: str) -> None:
+    mine, theirs = (new_driver(tracking_uri, study_id=study) for study in ("mine", "theirs"))
+    tell(mine, "on_trial_start", trial(0))
+    tell(theirs, "on_trial_start", trial(1))
+    theirs.on_experiment_end([])
+    assert [run.data.tags["raysv.trial_id"] for run in runs(tracking_uri)] == ["id0"]
+    assert len(runs(tracking_uri, "study")) == 2

@@ -140,14 +140,18 @@ def test_a_study_that_is_opened_keeps_what_it_searches(space: Space, tmp_path: P
     kept = load_space(folder)
     assert kept.to_dict() == space.to_dict()
     assert kept.name == "mine"
-    assert started(folder) == {"space": "small", "tracking_uri": URI}
+    start = started(folder)
+    other = started(open_study(space, tmp_path / "elsewhere", URI, "mine"))
+    assert start.pop("id") != other.pop("id")  # of one name, two studies all the same
+    assert start == other == {"space": "small", "tracking_uri": URI}
 
 
 def test_facts_about_a_start_are_added_to_those_before(space: Space, tmp_path: Path) -> None:
     folder = open_study(space, tmp_path, URI, "mine")
+    before = started(folder)
     note_start(folder, concurrent_trials=3)
     note_start(folder, concurrent_trials=2)
-    assert started(folder) == {"space": "small", "tracking_uri": URI, "concurrent_trials": 2}
+    assert started(folder) == before | {"concurrent_trials": 2}
 
 
 def test_a_study_without_a_name_is_named_after_its_space_and_the_time(space: Space, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ Result = dict[str, Any]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),  # Ray Train, here in the test's own process, has its own
+    pytest.mark.filterwarnings("ignore"),  # Ray Train, here in the test's own process, has its own
 ]
 
 

@@ -114,7 +114,9 @@ def test_a_study_goes_on_with_its_trials_or_starts_anew_where_it_has_none(
     monkeypatch.setattr(ray.tune.Tuner, "restore", lambda *_, **__: SimpleNamespace(fit=lambda: done.append("go on")))
     monkeypatch.setattr(tuner, "_tuner", lambda *_: SimpleNamespace(fit=lambda: done.append("anew")))
     cluster_has_room_for(1)
-    study: Study = tuner.run_study(space, folder, SimpleNamespace(digests={}), "sqlite:///mlflow.db", resume=True)
+    study: Study = tuner.run_study(
+        space, folder, SimpleNamespace(digests={}, digest="abc"), "sqlite:///mlflow.db", resume=True
+    )
     assert len(study.trials) == trials
     assert done == ["go on" if trials else "anew", folder]
     assert all((folder / name).exists() == bool(trials) for name in SEARCH_RECORDS)
@@ -136,3 +138,11 @@ def test_trials_that_differ_in_their_data_look_for_themselves() -> None:
     assert tuner._checked(space_from_dict(TREE, "small"), corpus) == {"train": "abc"}
     searched = TREE | {"data": {"train": {"choice": ["train.csv", "few.csv"]}}}
     assert tuner._checked(space_from_dict(searched, "small"), corpus) == {}
+
+
+def test_a_study_does_not_go_on_with_other_data(folder: Path) -> None:
+    corpus: Any = SimpleNamespace(digest="abc")
+    tuner._note_data(folder, corpus, resume=False)
+    tuner._note_data(folder, corpus, resume=True)
+    with pytest.raises(ValueError, match=r"data hash xyz now, abc then"):
+        tuner._note_data(folder, SimpleNamespace(digest="xyz"), resume=True)  # type: ignore[arg-type]

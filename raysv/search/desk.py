@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-RETRIES = 1  # of a task whose workers died: how often they may be replaced
+RETRIES = 2  # of a task: how often its workers may be replaced. A death may be heard of a task late, hence not one
 
 Result = dict[str, Any]
 
@@ -55,19 +55,20 @@ class Desk:
         self._task: Task | None = None  # None: nothing to do
         self._deaths = 0  # how often its workers had to be replaced
         self._group = ""  # of workers, whose first has come to the desk last
-        self._begun_by = ""  # the group that is at the task
+        self._begun: tuple[str, int, Task] | None = None  # the group that began a task last, and that task
         self._failure = ""  # why it cannot be trained
         self._trouble = ""  # what a worker said before it gave up
         self._results: list[Result | None] = []  # not yet fetched by the trial; None: trained to the end
         self._noted = 0  # the last epoch that the trial took note of
 
-    async def lay_down(self, task: Task) -> None:
-        """A new task."""
+    async def lay_down(self, task: Task) -> int:
+        """A new task; returns its number."""
         async with self._change:
             self._number, self._task = self._number + 1, task
-            self._deaths, self._begun_by, self._failure, self._trouble = 0, "", "", ""
+            self._deaths, self._failure, self._trouble = 0, "", ""
             self._results, self._noted = [], 0
             self._change.notify_all()
+            return self._number
 
     async def next_result(self) -> Result | None:
         """The metrics of an epoch; None when there are no more.
@@ -80,37 +81,40 @@ class Desk:
                 raise WorkersError(self._failure)
             return self._results.pop(0)
 
-    async def note(self, epoch: int) -> None:
+    async def note(self, number: int, epoch: int) -> None:
         """The trial took note of an epoch; its workers may train the next."""
         async with self._change:
-            self._noted = epoch
-            self._change.notify_all()
+            if self._open(number):
+                self._noted = epoch
+                self._change.notify_all()
 
-    async def clear(self) -> None:
+    async def clear(self, number: int) -> None:
         """The trial ends here."""
         async with self._change:
-            self._task = None
-            self._change.notify_all()
+            if self._open(number):
+                self._task = None
+                self._change.notify_all()
 
     async def pick_up(self, group: str, first: bool, after: int) -> tuple[int, Task]:
         """The next task and its number, for a worker of a group that has seen the tasks up to `after`.
 
-        The first worker of a group begins a task, the others then follow, so that all do the same. Ray goes on with
-        the call of a worker that died while it waited here: one that another group has followed gets nothing.
+        The first worker of a group begins a task, the others then follow, so that all do the same, even if the task
+        has ended meanwhile. Ray goes on with the call of a worker that died while it waited here: a first worker that
+        another one has followed gets nothing.
         """
         async with self._change:
-            if first:
-                self._group = group
-                self._change.notify_all()
+            if not first:
+                await self._change.wait_for(lambda: self._begun_by(group, after))
+                assert self._begun is not None
+                return self._begun[1:]
+            self._group = group
+            self._change.notify_all()
             await self._change.wait_for(
-                lambda: (
-                    (first and self._group != group)
-                    or (self._task is not None and self._number > after and (first or self._begun_by == group))
-                )
+                lambda: self._group != group or (self._task is not None and self._number > after)
             )
             if self._task is None or self._group != group:
                 raise StoppedError
-            self._begun_by = group
+            self._begun = group, self._number, self._task
             self._change.notify_all()
             return self._number, self._task
 
@@ -141,7 +145,11 @@ class Desk:
             if self._task is not None:
                 self._deaths += 1
                 if self._deaths > RETRIES:
-                    self._fail(self._trouble or reason)
+                    self._fail(f"{reason}\n{self._trouble}".strip())
+                self._trouble = ""
+
+    def _begun_by(self, group: str, after: int) -> bool:
+        return self._begun is not None and self._begun[0] == group and self._begun[1] > after
 
     def _open(self, number: int) -> bool:
         return number == self._number and self._task is not None

@@ -29,18 +29,20 @@ STARTS = 20  # attempts to bring a team together; one that waits for a node take
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # while a node drains, it tells of one death again and again
     "RAY_TRAIN_METRICS_ENABLED": "0",  # nobody reads them; MLflow has ours
 }
 
 
 class _DeathNotes(ray.train.UserCallback):
-    """Tells the desk of dead workers, also of those that died before they ever came to it; runs where Train does."""
+    """Tells the desk of dead workers, also of those that had not come to it yet; runs where Train does."""
 
     def __init__(self, desk: Any) -> None:
         self._desk = desk
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         worker, error = next(iter(worker_exceptions.items()))
+        error = getattr(error, "health_check_failure", error)  # what Train's own words for a dead process wrap
         reason = next(line for line in f"{error}\n{error!r}".splitlines() if line.strip())
         self._desk.count_death.remote(f"Worker {worker} died: {reason}")
 
@@ -81,13 +83,13 @@ class Team:
 
         Raises: WorkersError.
         """
-        ray.get(self._desk.lay_down.remote(task))
+        number = ray.get(self._desk.lay_down.remote(task))
         try:
             while (metrics := self._next_result()) is not None:
                 report(metrics)
-                ray.get(self._desk.note.remote(int(metrics[TIME])))
+                ray.get(self._desk.note.remote(number, int(metrics[TIME])))
         finally:
-            self._desk.clear.remote()
+            self._desk.clear.remote(number)
 
     def _next_result(self) -> Result | None:
         pending = self._desk.next_result.remote()

@@ -73,6 +73,7 @@ def run_study(
     """
     os.environ.update(TUNE_SETTINGS)
     resume = resume and bool(read_study(folder).trials)  # broken off before its first trial, it starts anew
+    _note_data(folder, corpus, resume)
     place = cluster.connect()
     try:
         allotment = _allot(space, folder, resume)
@@ -91,6 +92,17 @@ def run_study(
     study = read_study(folder)
     study.write(folder)
     return study
+
+
+def _note_data(folder: Path, corpus: Corpus, resume: bool) -> None:
+    """Refuse to go on with other data than the study started with: its trials could not be compared."""
+    before = started(folder).get("data_hash") if resume else None
+    if before and before != corpus.digest:
+        raise ValueError(
+            f"Training list, dev pairs or their recordings are not those that study {folder.name} started with (data "
+            f"hash {corpus.digest} now, {before} then). Bring those back, or start a new study."
+        )
+    note_start(folder, data_hash=corpus.digest)
 
 
 def _checked(space: Space, corpus: Corpus) -> dict[str, str]:

@@ -64,7 +64,7 @@ def serve(setup: dict[str, Any]) -> None:
     while True:
         try:
             number, task = ray.get(desk.pick_up.remote(group, rank() == 0, number))
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.ActorDiedError:
             return  # the trial's process is gone, and this team with it
         report = functools.partial(_report, desk, number)
         try:
