@@ -34,7 +34,7 @@ TRAIN_SETTINGS = {
 }
 
 
-class _DeathNotes(ray.train.UserCallback):
+class _WorkerDeaths(ray.train.UserCallback):
     """Tells the desk of dead workers, also of those that had not come to it yet; runs where Train does."""
 
     def __init__(self, desk: Any) -> None:
@@ -64,7 +64,7 @@ class Team:
             run_config=ray.train.RunConfig(
                 name=uuid.uuid4().hex[:12],
                 storage_path=str(Path(storage).with_name("teams")),
-                callbacks=[_DeathNotes(self._desk)],
+                callbacks=[_WorkerDeaths(self._desk)],
                 # deaths are counted at the desk, by task; here only what keeps a team from coming together at all
                 failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=STARTS),
             ),
