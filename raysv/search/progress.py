@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 
+from raysv.learning.checkpoint import latest_checkpoint
 from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
 from raysv.search.wording import describe_values, duration
 
@@ -18,24 +20,27 @@ class Progress(Callback):
 
     Args:
         trials, epochs: of the study, to estimate how long it still takes.
+        kept: folder of the trials' checkpoints.
         single: a lone run, whose lines need no name of a trial.
     """
 
-    def __init__(self, trials: int, epochs: int, single: bool = False) -> None:
-        self._trials, self._epochs, self._single = trials, epochs, single
+    def __init__(self, trials: int, epochs: int, kept: Path, single: bool = False) -> None:
+        self._trials, self._epochs, self._kept, self._single = trials, epochs, kept, single
         self._reached: dict[str, int] = {}  # trial → its last epoch
         self._ended: set[str] = set()
         self._best: tuple[float, str] | None = None
-        self._started = time.monotonic()
-        self._seen = 0  # epochs that this driver saw: they tell the pace
+        self.setup()
 
     def setup(self, *args: Any, **info: Any) -> None:
         """Start the clock of this driver."""
-        self._started, self._seen = time.monotonic(), 0
+        self._started = time.monotonic()
+        self._running: dict[str, float | None] = {}  # trial → when this driver last heard of an epoch
+        self._seconds: list[float] = []  # from one epoch to the next
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A line with the values that a trial tries."""
-        again = trial.trial_id in self._reached
+        again = latest_checkpoint(self._kept / trial.trial_id) is not None
+        self._running[trial.trial_id] = None
         self._ended.discard(trial.trial_id)  # a resumed study tries again what failed
         self._say(trial, f"{'goes on' if again else 'starts'}   {describe_values(trial.config)}".rstrip())
 
@@ -45,7 +50,10 @@ class Progress(Callback):
         """A line with the error rate after an epoch."""
         if METRIC not in result or result.get("failure"):
             return
-        self._seen += 1
+        now, before = time.monotonic(), self._running.get(trial.trial_id)
+        self._running[trial.trial_id] = now
+        if before is not None:  # a first epoch has the start of processes in it
+            self._seconds.append(now - before)
         value, epoch = result[METRIC], result[TIME]
         self._reached[trial.trial_id] = epoch
         if self._best is None or value < self._best[0]:
@@ -79,16 +87,19 @@ class Progress(Callback):
 
     def _end(self, trial: Any, words: str) -> None:
         self._ended.add(trial.trial_id)
+        self._running.pop(trial.trial_id, None)
         count = "" if self._single else f"   {len(self._ended)} of {self._trials} trials ended"
         self._say(trial, words + count)
 
     def _time_left(self) -> str:
-        """From the pace so far, supposing that the other trials run as many epochs as those that ended."""
+        """From how long an epoch takes, supposing that other trials run as many of them as those that ended."""
+        if not self._seconds:
+            return ""
         ended = [self._reached.get(trial, 0) for trial in self._ended]
         usual = sum(ended) / len(ended) if ended else self._epochs
         expected = sum(ended) + (self._trials - len(ended)) * usual
         remaining = max(expected - sum(self._reached.values()), 0)
-        seconds = (time.monotonic() - self._started) / self._seen * remaining
+        seconds = sum(self._seconds) / len(self._seconds) * remaining / len(self._running)
         return f"   about {duration(seconds)} left" if seconds >= 1 else ""
 
     def _say(self, trial: Any, text: str) -> None:

@@ -30,7 +30,7 @@ from raysv.search.trial import Job, run_trial
 from raysv.speech.augmentation import recipe
 
 EXPERIMENT = "raysv"  # of MLflow
-OPTUNA_FILE, ASHA_FILE = "optuna.db", "asha.jsonl"
+OPTUNA_FILE, ASHA_FILE, TRIALS_FOLDER = "optuna.db", "asha.jsonl", "trials"  # below the study's folder
 TUNE_SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver has lost a second of bookkeeping, not ten
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow keeps the results; no TensorBoard files beside it
@@ -78,7 +78,7 @@ def run_study(
     try:
         allotment = _allot(space, folder, resume)
         print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
-        job = Job(space, allotment.gpus_per_worker, str(folder / "trials"), _checked(space, corpus), tests)
+        job = Job(space, allotment.gpus_per_worker, str(folder / TRIALS_FOLDER), _checked(space, corpus), tests)
         trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
         if resume:
             tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
@@ -161,7 +161,7 @@ def _tuner(
             failure_config=ray.tune.FailureConfig(max_failures=1),
             callbacks=[
                 _tracking(space, folder, allotment, corpus, tracking_uri),
-                Progress(search.trials, space.epochs, single=search.trials == 1),
+                Progress(search.trials, space.epochs, folder / TRIALS_FOLDER, single=search.trials == 1),
             ],
             verbose=0,
         ),
