@@ -1,15 +1,19 @@
-"""CPU time of an augmented 2 s view, from the recording to the normalised fbank, on one thread: ours and two peers'.
+"""CPU time of an augmented 2 s view, from the recording to what the network gets, on one thread: ours and two peers'.
 
     RAYSV_DATA=PACK python benchmarks/data_path.py --wespeaker CHECKOUT
 
-All read the same real speech, noises and rooms. Each runs its own published recipe:
+All read the same real speech, noises and rooms: ours from its store of decoded waveforms, with rooms cut at 1 s, the
+peers WAV files and whole rooms. Each runs its own published recipe:
 
-- raysv: crop from the store of decoded waveforms, two views at strength 0.5 (noise, babble of 3 to 8 voices, reverb),
-  batched fbank. 2 of 3 views are disturbed.
+- raysv: crop, two views at strength 0.5 (noise, babble of 3 to 8 voices, reverb), batched fbank, SpecAugment. 2 of 3
+  views are disturbed.
 - wespeaker: read the WAV, crop, noise or one voice or reverb, Kaldi's fbank with dither, one view at a time; 0.6 of the
   views are disturbed. See `peers.py` for what is given in place of packages that are missing.
 - SpeechBrain (its VoxCeleb recipe): read a segment of the WAV, then in a batch the original and noise, reverb, dropped
   frequencies and dropped chunks each on a copy: five views, 4 of 5 disturbed; batched fbank.
+
+Printed beside it: what our time consists of, each part alone, and the FFT, power and mel product of the fbank on
+frames that lie ready, below which PyTorch's operations do not get.
 
 Process CPU seconds, which other work on the machine disturbs little; each way in turn, medians.
 """
@@ -30,17 +34,21 @@ from pathlib import Path
 import torch
 from measure import machine, table
 from peers import Speech, keep_freed_memory, our_config, real_speech, use_wespeaker, wespeaker_dataset
+from torch import Tensor
 
 from raysv.corpus.loading import load_corpus
-from raysv.learning.views import ViewBatches, make_views
-from raysv.speech.features import Fbank, mean_normalise
+from raysv.learning.views import Batch, ViewBatches, make_views
+from raysv.speech.features import CPU_ROWS, FFT_SIZE, BandMasks, Fbank, mask_bands, mean_normalise
 
-FRAMES, SAMPLES, RATE = 198, 32_000, 16_000
+FRAMES, SAMPLES = 198, 32_000
 UTTERANCES = 32
+VIEWS = 2 * UTTERANCES
+HELD = 8  # batches that the parts of ours are measured on
+Way = Callable[[], int]
 
 
-def ours(cache: Path, strength: float) -> Callable[[], int]:
-    """One batch of two views of 32 utterances; returns the number of views."""
+def ours(cache: Path, strength: float) -> tuple[Way, dict[str, Way]]:
+    """One batch of two views of 32 utterances, and its parts alone; each returns the number of views."""
     config = our_config(
         cache,
         batch={"speakers": 16, "utterances_per_speaker": 2, "views": 2, "crop_seconds": 2.0},
@@ -49,25 +57,45 @@ def ours(cache: Path, strength: float) -> Callable[[], int]:
     batches, fbank = ViewBatches(config, load_corpus(config.data, config.augment)), Fbank()
     steps = itertools.product(range(1, 1000), range(batches.steps))
 
-    def batch() -> int:
-        return len(mean_normalise(fbank(make_views(batches[next(steps)]))))
+    def normalise(features: Tensor, batch: Batch) -> int:
+        return len(mask_bands(mean_normalise(features), BandMasks(*batch.masks.unbind(-1))))
 
-    return batch
+    def whole() -> int:
+        batch = batches[next(steps)]
+        return normalise(fbank(make_views(batch)), batch)
+
+    held = itertools.cycle([batches[next(steps)] for _ in range(HELD)])
+    waveforms = make_views(next(held))
+    features, frames = fbank(waveforms), torch.randn(CPU_ROWS, FRAMES, FFT_SIZE)
+
+    def products() -> int:
+        for _ in range(VIEWS // CPU_ROWS):
+            fbank.mel_energies(frames)
+        return VIEWS
+
+    return whole, {
+        "whole": whole,
+        "sampling, reading, babble": lambda: len(batches[next(steps)].masks),
+        "noise, rooms": lambda: len(make_views(next(held))),
+        "fbank": lambda: len(fbank(waveforms)),
+        "of it FFT, power, mel product": products,
+        "mean, masks": lambda: normalise(features, next(held)),
+    }
 
 
-def wespeaker(speech: Speech, folder: Path) -> Callable[[], int]:
+def wespeaker(speech: Speech, folder: Path) -> Way:
     """64 views, one after the other, and the mean over time that its loop subtracts from the batch."""
     views = iter(wespeaker_dataset(speech, folder, FRAMES)[0])
 
     def batch() -> int:
         from wespeaker.dataset.dataset_utils import apply_cmvn
 
-        return len(apply_cmvn(torch.stack([next(views)["feat"] for _ in range(2 * UTTERANCES)])))
+        return len(apply_cmvn(torch.stack([next(views)["feat"] for _ in range(VIEWS)])))
 
     return batch
 
 
-def speechbrain(speech: Speech, folder: Path) -> Callable[[], int]:
+def speechbrain(speech: Speech, folder: Path) -> Way:
     """One batch of 32 utterances, which its recipe makes five views of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -128,18 +156,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raysv-data-path-") as name:
         folder = Path(name)
         speech = real_speech(folder)
-        ways = {"raysv": ours(folder / "cache", 0.5), "raysv, clean views": ours(folder / "cache", 0.0)}
+        whole, parts = ours(folder / "cache", 0.5)
+        ways = {"raysv": whole, "raysv, clean views": ours(folder / "cache", 0.0)[0]}
         ways["SpeechBrain"] = speechbrain(speech, folder)
         if arguments.wespeaker:
             use_wespeaker(arguments.wespeaker)
             ways["wespeaker"] = wespeaker(speech, folder)
         cpu, wall = _costs(ways, arguments.repeats)
+        shares, _ = _costs(parts, arguments.repeats)
     peer = min((name for name in ways if not name.startswith("raysv")), key=cpu.__getitem__)
     print(table(f"CPU time of one augmented view, in ratio to {peer}", cpu, peer))
     print(table("Wall time of the same", wall, peer))
+    print(table("CPU time of raysv's parts, in ratio to the whole", shares, "whole"))
 
 
-def _costs(ways: dict[str, Callable[[], int]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+def _costs(ways: dict[str, Way], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """Median CPU and wall seconds of one view, the ways taking turns, after one round to warm up."""
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     wall: dict[str, list[float]] = {name: [] for name in ways}

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import re
-import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
 from measure import machine
+from peers import use_wespeaker
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,29 +50,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wespeaker", type=Path, help="a checkout of github.com/wenet-e2e/wespeaker")
     checkout = parser.parse_args().wespeaker
+    if checkout:
+        use_wespeaker(checkout)
     print(machine())
     print(f"{'':34}  parameters  multiply-adds")
     for channels in WIDTHS:
-        for name, model, features in models(channels, checkout):
+        for name, model, features in models(channels, bool(checkout)):
             parameters = sum(weight.numel() for weight in model.parameters())
             print(f"{name:34} {parameters / 1e6:8.3f} M  {multiply_adds(model, features) / 1e9:9.4f} G")
     if checkout:
         print("\nlargest relative distance of our embeddings from wespeaker's, C = 512, the same random weights")
         for frames in (FRAMES, 10):
-            as_it_is = distance(checkout, frames)
+            as_it_is = distance(frames)
             with mock.patch("torch.var", functools.partial(torch.var, correction=0)):
-                biased = distance(checkout, frames)
+                biased = distance(frames)
             print(
                 f"{frames:4} frames: {as_it_is:.1e}, with the variance of their context biased like ours {biased:.1e}"
             )
 
 
-def models(channels: int, checkout: Path | None) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def models(channels: int, with_wespeaker: bool) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """The name of each model of a width, the model, and features as it takes them."""
     features = torch.randn(1, MELS, FRAMES)
     yield f"raysv C={channels}", ECAPATDNN(channels=channels), features
-    if checkout:
-        yield f"wespeaker GLOB_c{channels}", wespeaker_model(checkout, channels), features.mT
+    if with_wespeaker:
+        yield f"wespeaker GLOB_c{channels}", wespeaker_model(channels), features.mT
     try:
         from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
     except ModuleNotFoundError:
@@ -91,20 +91,17 @@ def multiply_adds(model: nn.Module, features: Tensor) -> float:
     return counter.get_total_flops() / 2
 
 
-def wespeaker_model(checkout: Path, channels: int) -> nn.Module:
-    """Wespeaker's ECAPA-TDNN with the global context in its attention, taken without the rest of wespeaker."""
-    if "wespeaker" not in sys.modules:
-        package = types.ModuleType("wespeaker")  # its own imports half of the toolkit
-        package.__path__ = [str(checkout / "wespeaker")]
-        sys.modules["wespeaker"] = package
-    module = importlib.import_module("wespeaker.models.ecapa_tdnn")
-    return module.ECAPA_TDNN(channels, MELS, 192, global_context_att=True)
+def wespeaker_model(channels: int) -> nn.Module:
+    """Wespeaker's ECAPA-TDNN with the global context in its attention."""
+    from wespeaker.models.ecapa_tdnn import ECAPA_TDNN
+
+    return ECAPA_TDNN(channels, MELS, 192, global_context_att=True)
 
 
-def distance(checkout: Path, frames: int) -> float:
+def distance(frames: int) -> float:
     """How far our embeddings are from wespeaker's with its weights and random statistics, relative to their norm."""
     torch.manual_seed(0)
-    theirs, ours = wespeaker_model(checkout, 512).eval(), ECAPATDNN().eval()
+    theirs, ours = wespeaker_model(512).eval(), ECAPATDNN().eval()
     for values in theirs.state_dict().values():
         if values.dim() == 1:
             values.add_(torch.rand_like(values) - 0.5)

@@ -41,10 +41,10 @@ SOURCES = 50  # recordings that differ; the others are further names of them
 
 
 class Memory:
-    """The largest resident memory of this process while it is watched, in MB, beside what it was before."""
+    """The largest resident memory of this process while it is watched, in MB."""
 
     def __enter__(self) -> Memory:
-        self.before = self.anonymous, self.mapped = resident()
+        self.anonymous, self.mapped = resident()
         self._done = threading.Event()
         self._watch = threading.Thread(target=self._look)
         self._watch.start()

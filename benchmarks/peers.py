@@ -25,13 +25,13 @@ import torchaudio
 
 from raysv.config import Config, config_from_dict
 
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30)}
-
 
 def keep_freed_memory() -> None:
     """Start this process anew with the allocator set as in raysv's own clusters, so that all ways here gain from it."""
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.environ.update(MALLOC)
+    from raysv.search.cluster import MALLOC_SETTINGS  # here, because it imports Ray: other benchmarks measure memory
+
+    if any(os.environ.get(name) != value for name, value in MALLOC_SETTINGS.items()):
+        os.environ.update(MALLOC_SETTINGS)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -17,12 +17,12 @@ import ctypes
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from measure import machine, medians, table
+from peers import use_wespeaker
 from sklearn.metrics.pairwise import cosine_similarity
 
 from raysv.verification.metrics import ErrorRates, bootstrap_eer, error_rates
@@ -83,7 +83,7 @@ def rise(way: Callable[[], Any]) -> tuple[Any, float]:
     return way(), memory("VmHWM") - before
 
 
-def measure(name: str, pairs: PairList, peer: ModuleType | None, repeats: int) -> None:
+def measure(name: str, pairs: PairList, with_wespeaker: bool, repeats: int) -> None:
     """Print what a list costs, ours and theirs."""
     rows, same = (pairs.embeddings, pairs.enrolment, pairs.test), pairs.same_speaker
     cohort = torch.randn(COHORT, DIM, generator=torch.Generator().manual_seed(0))
@@ -108,19 +108,20 @@ def measure(name: str, pairs: PairList, peer: ModuleType | None, repeats: int) -
     for way, value in seconds.items():
         print(f"  {way:18} {value:8.3f} s" + (f"   memory rises by {peaks[way]:4.0f} MB" if way in peaks else ""))
     print(f"  the whole process, lists and PyTorch included, peaks at {whole:.0f} MB in validation")
-    if peer:
-        compare_rates(peer, scores, same, repeats)
+    if with_wespeaker:
+        compare_rates(scores, same, repeats)
     compare_cosines(pairs, seconds["of it cosines"])
     compare_squared(scores, same, repeats)
 
 
-def compare_rates(peer: ModuleType, scores: np.ndarray, same: np.ndarray, repeats: int) -> None:
+def compare_rates(scores: np.ndarray, same: np.ndarray, repeats: int) -> None:
     """The error rates of the whole list beside wespeaker's."""
+    from wespeaker.utils.score_metrics import compute_c_norm, compute_eer, compute_pmiss_pfa_rbst
 
     def theirs() -> tuple[float, list[float]]:
-        misses, alarms = peer.compute_pmiss_pfa_rbst(scores, same)
-        rate, _ = peer.compute_eer(misses, alarms, scores)
-        return rate, [peer.compute_c_norm(misses, alarms, prior) for prior in (0.01, 0.05)]
+        misses, alarms = compute_pmiss_pfa_rbst(scores, same)
+        rate, _ = compute_eer(misses, alarms, scores)
+        return rate, [compute_c_norm(misses, alarms, prior) for prior in (0.01, 0.05)]
 
     (rate, costs), peak = rise(theirs)
     print(f"  wespeaker's EER {100 * rate:.2f} %, minDCF {costs[0]:.4f}, {costs[1]:.4f}; memory rises by {peak:.0f} MB")
@@ -156,16 +157,6 @@ def compare_squared(scores: np.ndarray, same: np.ndarray, repeats: int) -> None:
     print(table(f"  EER and one minDCF of {len(few):,} of the pairs", medians(ways, repeats), "raysv"))
 
 
-def load(checkout: Path) -> ModuleType:
-    """wespeaker's error rates, without the package around them."""
-    spec = importlib.util.spec_from_file_location("score_metrics", checkout / "wespeaker/utils/score_metrics.py")
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{checkout} is no checkout of wespeaker.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
     """Measure both lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,9 +164,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     chosen = parser.parse_args()
     print(machine())
-    peer = load(chosen.wespeaker) if chosen.wespeaker else None
+    if chosen.wespeaker:
+        use_wespeaker(chosen.wespeaker)
     for name, make in (("crossed", crossed), ("scattered", scattered)):
-        measure(name, make(np.random.default_rng(0)), peer, chosen.repeats)
+        measure(name, make(np.random.default_rng(0)), bool(chosen.wespeaker), chosen.repeats)
 
 
 if __name__ == "__main__":

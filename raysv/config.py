@@ -295,7 +295,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def write_yaml(tree: dict[str, Any], path: Path, header: str = "") -> None:
     """Write a tree as YAML, below a comment."""
     lines = "".join(f"# {line}\n" for line in header.splitlines())
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     path.write_text(lines + text, encoding="utf-8")
 
 
@@ -312,9 +312,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts a text such as 1e3 between quotes, as `_Loader` would read a number."""
+
+
+for kind in (_Loader, _Dumper):
+    kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _section_name(cls: type) -> str:

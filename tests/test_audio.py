@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysv.config import SAMPLE_RATE
-from raysv.corpus.audio import BadAudio, read_audio, take
+from raysv.corpus.audio import BadAudio, floating, read_audio, take
 
 RATES = (8_000, 16_000, 22_050, 44_100, 48_000)
 
@@ -137,6 +137,14 @@ def test_taking_goes_round_and_round(length, start, wanted):
 def test_taking_from_the_middle_copies_nothing():
     waveform = np.arange(10, dtype=np.int16)
     assert np.shares_memory(take(waveform, 2, 8), waveform)
+
+
+def test_floating_samples_are_exact_and_a_copy():
+    waveform = np.arange(-32768, 32768).astype(np.int16)
+    floats = floating(waveform)
+    assert floats.dtype == np.float32
+    np.testing.assert_array_equal(floats, np.arange(-32768, 32768) / 32768)
+    assert not np.shares_memory(floats, waveform)
 
 
 def test_bad_audio_is_a_value_error():

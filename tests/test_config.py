@@ -263,6 +263,12 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
         read_yaml(tmp_path / "c.yaml")
 
 
+def test_a_text_that_looks_like_a_number_stays_a_text(tmp_path):
+    tree = {"tags": {"revision": "123456e78901", "digits": "12"}, "numbers": [1e-5, 1e20, 3]}
+    write_yaml(tree, tmp_path / "c.yaml")
+    assert read_yaml(tmp_path / "c.yaml") == tree
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"No file .*nowhere\.yaml"):
         read_yaml(tmp_path / "nowhere.yaml")

@@ -20,7 +20,9 @@ from raysv.speech.ecapa import (
 )
 from raysv.speech.features import frame_padding
 
-PUBLISHED = {512: (6.19e6, 1.037e9), 1024: (14.66e6, 2.649e9)}  # channels: parameters, multiply-adds of 200 frames
+# wespeaker's ECAPA_TDNN_GLOB by channels: parameters, multiply-adds of 200 frames
+PUBLISHED = {512: (6.19e6, 1.04e9), 1024: (14.65e6, 2.65e9)}  # in its READMEs
+COUNTED = {512: (6_190_720, 1_037_271_040), 1024: (14_657_088, 2_649_030_656)}  # by benchmarks/encoder_size.py
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def model():
 def test_parameters_are_those_of_the_published_model(channels):
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in ECAPATDNN(channels=channels).parameters())
-    assert count == pytest.approx(PUBLISHED[channels][0], rel=1e-3)
+    assert count == COUNTED[channels][0]
+    assert count == pytest.approx(PUBLISHED[channels][0], abs=0.01e6)
 
 
 @pytest.mark.parametrize("channels", PUBLISHED)
@@ -49,8 +52,9 @@ def test_multiply_adds_are_the_published_ones_less_the_shared_context(channels):
         model(features)
     multiply_adds = counter.get_total_flops() / 2
     context_weights = model.pool.hidden.weight.numel() * 2 // 3
-    published = multiply_adds + context_weights * (frames - 1)  # others multiply the context anew in every frame
-    assert published == pytest.approx(PUBLISHED[channels][1], rel=1e-3)
+    theirs = multiply_adds + context_weights * (frames - 1)  # others multiply the context anew in every frame
+    assert theirs == COUNTED[channels][1]
+    assert theirs == pytest.approx(PUBLISHED[channels][1], abs=0.005e9)
 
 
 def test_layers_shrink_with_a_narrow_model():

@@ -41,6 +41,15 @@ def test_fbank_of_another_number_of_mels_is_that_of_kaldi():
     torch.testing.assert_close(Fbank(mels=40)(waveform), kaldi_fbank(waveform, 40), rtol=0, atol=1e-4)
 
 
+def test_the_gradient_of_fbank_is_that_of_kaldi():
+    weights = torch.randn(80, num_frames(8000), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for features_of in (Fbank(), kaldi_fbank):
+        waveform = speech(8000).requires_grad_()
+        gradients.append(torch.autograd.grad((weights * features_of(waveform)).sum(), waveform)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-2)
+
+
 @pytest.mark.skipif(not os.environ.get("RAYSV_DATA"), reason="RAYSV_DATA does not name the pack of real speech")
 @pytest.mark.parametrize("corpus", ["speechocean762", "ravdess", "urdu"])
 def test_fbank_of_real_speech_is_that_of_kaldi_also_in_a_batch(corpus):
@@ -125,7 +134,9 @@ def test_masks_are_bands_of_zeros(data):
     for row, (start, width, low, height) in enumerate(torch.stack(masks, 1).tolist()):
         expected[row, :, start : start + width] = 0
         expected[row, low : low + height] = 0
+    given_features = fbank.clone()
     assert torch.equal(mask_bands(fbank, masks), expected)
+    assert torch.equal(fbank, given_features)
 
 
 def test_a_width_of_zero_masks_nothing():

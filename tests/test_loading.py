@@ -12,7 +12,7 @@ from raysv.corpus import loading
 from raysv.corpus.audio import read_audio
 from raysv.corpus.cache import cache_folder
 from raysv.corpus.loading import load_corpus, load_pairs
-from raysv.corpus.utterances import read_pairs, read_utterances
+from raysv.corpus.utterances import read_pair_columns, read_pairs, read_utterances
 
 QUIET = AugmentConfig(strength=0.0)
 
@@ -425,8 +425,10 @@ def test_no_root_is_the_embedded_corpus_in_the_cache(tiny_corpus, monkeypatch):
 def test_a_pair_list_of_its_own_needs_no_manifest(tiny_corpus, tmp_path):
     file = tiny_corpus / "dev_pairs.txt"
     pairs, listed = load_pairs(file, tiny_corpus, tmp_path / "cache")
-    assert listed == read_pairs(file)
-    assert pairs.same_speaker.tolist() == [pair.same_speaker for pair in listed]
+    expected = read_pair_columns(file)
+    assert listed.names == expected.names
+    np.testing.assert_array_equal(listed[1:], expected[1:])
+    np.testing.assert_array_equal(pairs.same_speaker, expected.same_speaker)
     assert len(pairs.store) == len(read_utterances(tiny_corpus / "dev.csv", tiny_corpus))
 
 
@@ -435,7 +437,8 @@ def test_a_pair_list_of_its_own_may_name_utterances_and_enrolments(tiny_corpus, 
     text(tiny_corpus / "enrolments.txt", f"model {ids[0]} {ids[1]}")
     file = text(tmp_path / "trials", f"model {ids[2]} target", f"model {ids[-1]} nontarget")
     pairs, listed = load_pairs(file, tiny_corpus, tmp_path / "cache", ["kaldi"], ["enrolments.txt"])
-    assert [(pair.enrolment, pair.test) for pair in listed] == [("model", ids[2]), ("model", ids[-1])]
+    assert [listed.names[name] for name in listed.enrolment] == ["model", "model"]
+    assert [listed.names[name] for name in listed.test] == [ids[2], ids[-1]]
     assert [model.tolist() for model in pairs.models] == [[0, 1]]
     np.testing.assert_array_equal(pairs.store[pairs.models[0][1]], read_audio(tiny_corpus / dev(tiny_corpus)[1]))
     np.testing.assert_array_equal(pairs.store[pairs.test[1]], read_audio(tiny_corpus / dev(tiny_corpus)[-1]))
@@ -450,6 +453,17 @@ def test_a_pair_list_of_its_own_names_what_is_missing_or_bad(tiny_corpus, tmp_pa
         load_pairs(file, tiny_corpus, tmp_path / "cache")
     with pytest.raises(ValueError, match=r"dev_pairs\.txt names \d+ recordings that no manifest lists"):
         load_pairs(file, tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("shared", ["recordings", "speakers"])
+def test_a_pair_list_of_its_own_must_be_apart_from_lists_that_are_named(tiny_corpus, tmp_path, shared):
+    file, cache = tiny_corpus / "dev_pairs.txt", tmp_path / "cache"
+    train, spoken = (read_utterances(tiny_corpus / name, tiny_corpus) for name in ("train.csv", "dev.csv"))
+    load_pairs(file, tiny_corpus, cache, apart={"train.csv": train})
+    if shared == "speakers":
+        spoken = [dataclasses.replace(one, key=f"more/{one.key}", path=tmp_path / one.path.name) for one in spoken]
+    with pytest.raises(ValueError, match=r"dev_pairs\.txt and --cohort dev\.csv share \d+ speakers or recordings"):
+        load_pairs(file, tiny_corpus, cache, apart={"train.csv": train, "--cohort dev.csv": spoken})
 
 
 def test_loaded_sets_cannot_be_reassigned(tiny_corpus):

@@ -10,6 +10,7 @@ def test_an_entry_that_mlflow_refuses_does_not_hold_up_the_others(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "RETRY_SHARE", 0.0)
     made: list[str] = []
 
     def refused() -> None:
@@ -49,6 +50,24 @@ def test_while_nothing_answers_entries_wait_and_keep_their_order(monkeypatch: py
     out[0] = False
     entries.put(partial(entry, 10))
     assert made == list(range(11))
+
+
+def test_a_server_that_accepts_and_never_answers_holds_the_study_up_for_a_tenth_of_the_time_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, waited = [0.0], [0.0]
+    monkeypatch.setattr(outbox.time, "monotonic", lambda: now[0])
+
+    def time_out() -> None:
+        now[0] += 40.0
+        waited[0] += 40.0
+        raise TimeoutError
+
+    entries = Outbox(ping=time_out)
+    while now[0] < 36_000:
+        entries.put(time_out)
+        now[0] += 5.0
+    assert 1000 < waited[0] < 3600
 
 
 def test_what_cannot_be_written_at_the_end_is_counted(

@@ -57,8 +57,8 @@ def test_a_trial_tells_what_it_tries_how_it_fares_and_how_it_ended(capsys: pytes
     tell(callback, "on_trial_complete", subject)
     assert lines(capsys) == [
         "[   0:00] t000  starts   margin 0.212  scale 30",
-        "[   0:00] t000  epoch 1/2   EER 30.00 %   best 30.00 % (t000)",
-        "[   0:00] t000  epoch 2/2   EER 25.00 %   best 25.00 % (t000)",
+        "[   0:00] t000  epoch 1/2   EER 30.00 %   lowest 30.00 % (t000)",
+        "[   0:00] t000  epoch 2/2   EER 25.00 %   lowest 25.00 % (t000)",
         "[   0:00] t000  done   1 of 2 trials ended",
     ]
 
@@ -67,7 +67,7 @@ def test_the_best_so_far_may_be_another_trial(capsys: pytest.CaptureFixture[str]
     callback = progress_of(trials=2, epochs=EPOCHS)
     report(callback, trial(0), 1, 0.2)
     report(callback, trial(1), 1, 0.3)
-    assert lines(capsys)[-1].endswith("t001  epoch 1/4   EER 30.00 %   best 20.00 % (t000)")
+    assert lines(capsys)[-1].endswith("t001  epoch 1/4   EER 30.00 %   lowest 20.00 % (t000)")
 
 
 def test_a_trial_stopped_early_says_where(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +152,7 @@ def test_a_resumed_study_goes_on_counting_at_its_own_pace(
     tell(again, "on_trial_complete", broken)
     assert lines(capsys) == [
         "[   0:00] t001  starts   margin 0.25",
-        "[   0:10] t001  epoch 3/3   EER 20.00 %   best 10.00 % (t000)",
+        "[   0:10] t001  epoch 3/3   EER 20.00 %   lowest 10.00 % (t000)",
         "[   0:10] t001  done   2 of 2 trials ended",
     ]
 

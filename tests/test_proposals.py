@@ -1,3 +1,4 @@
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,25 @@ def test_a_trial_that_tune_forgot_in_a_kill_failed_and_its_point_is_tried_again(
     assert search.suggest("a") == {"loss.margin": 0.2, "loss.scale": 30.0}
 
 
-@pytest.mark.parametrize("retry", ["a", "under a new id"])
+def test_a_trial_that_only_the_search_knew_before_a_kill_is_forgotten_and_its_point_is_tried_again(
+    storage: str, tmp_path: Path
+) -> None:
+    search = proposals(storage, points=[{"loss.margin": margin, "loss.scale": 30.0} for margin in (0.2, 0.3)])
+    assert search.set_max_concurrency(2)
+    search.suggest("known")
+    search.suggest("ghost")
+    search.save(str(tmp_path / "snapshot"))
+    for name, trials in (("1", ["known", "ghost"]), ("2", ["known"])):  # of two drivers; the newest counts
+        trial_data = [[json.dumps({"trial_id": trial}), "{}"] for trial in trials]
+        (tmp_path / f"experiment_state-{name}.json").write_text(json.dumps({"trial_data": trial_data}))
+
+    search = killed_and_restored(search, storage, tmp_path / "snapshot")
+    assert [trial.state for trial in stored(storage)] == [TrialState.RUNNING, TrialState.FAIL, TrialState.WAITING]
+    assert search.suggest("a") == {"loss.margin": 0.3, "loss.scale": 30.0}
+    assert search.suggest("b") is None
+
+
+@pytest.mark.parametrize("retry", ["a", "newer than the snapshot"])
 def test_the_success_of_a_retry_is_added(storage: str, retry: str) -> None:
     search = proposals(storage)
     values = search.suggest("a")

@@ -1,4 +1,5 @@
 import math
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from mlflow_fixtures import (
 )
 
 from raysv.config import read_yaml
+from raysv.learning.checkpoint import keep_checkpoint
 from raysv.search.results import METRIC
+from raysv.search.study import note_start
 
 pytestmark = mlflow_warnings
 
@@ -36,6 +39,20 @@ def test_parameters_are_the_whole_configuration_with_the_values_of_the_trial(tra
         "training.seed": "0",
         "optimizer.name": "sgd",
     }
+
+
+def test_what_starts_under_another_driver_has_the_tags_that_it_noted(tracking_uri: str, tmp_path: Path) -> None:
+    note_start(tmp_path, tags={"raysv.git": "123456e78901"})  # a text, although it looks like a number
+    callback = new_driver(tracking_uri, folder=tmp_path)
+    for number in range(2):
+        tell(callback, "on_trial_start", trial(number))
+    note_start(tmp_path, tags={"raysv.git": "def"})
+    callback = pickle.loads(pickle.dumps(callback))
+    callback.setup()
+    for number in (1, 2):
+        tell(callback, "on_trial_start", trial(number))
+    revisions = [run.data.tags["raysv.git"] for run in (*runs(tracking_uri, "study"), *runs(tracking_uri))]
+    assert revisions == ["def", "123456e78901", "def", "def"]
 
 
 def test_what_was_searched_and_with_which_resources_is_kept_beside_the_parameters(tracking_uri: str) -> None:
@@ -115,6 +132,24 @@ def test_a_new_driver_still_knows_the_best_checkpoint(tracking_uri: str, tmp_pat
     report(callback, subject, 1, 0.1, checkpoint_path=write_checkpoint(tmp_path / "1", [0.1]))
     callback = new_driver(tracking_uri)
     report(callback, subject, 2, 0.2, checkpoint_path=write_checkpoint(tmp_path / "2", [0.1, 0.2]))
+    tell(callback, "on_trial_complete", subject)
+    assert Path(runs(tracking_uri)[0].info.artifact_uri, "best_checkpoint/encoder.pt").read_text() == "0.1"
+
+
+def test_of_equally_good_checkpoints_the_first_is_the_best_as_it_is_the_one_that_stays(
+    tracking_uri: str, tmp_path: Path
+) -> None:
+    callback, subject = new_driver(tracking_uri), trial()
+    tell(callback, "on_trial_start", subject)
+    eers = [0.1, 0.2, 0.1, 0.3]
+    for epoch in range(1, 5):
+        made = Path(write_checkpoint(tmp_path / "made", eers[:epoch]))
+        folder = keep_checkpoint(made, tmp_path / "kept")
+        shutil.rmtree(made)
+        if epoch == 4:
+            callback = new_driver(tracking_uri)
+        report(callback, subject, epoch, eers[epoch - 1], checkpoint_path=str(folder))
+        assert Path(runs(tracking_uri)[0].data.tags["raysv.checkpoint"]).is_dir()
     tell(callback, "on_trial_complete", subject)
     assert Path(runs(tracking_uri)[0].info.artifact_uri, "best_checkpoint/encoder.pt").read_text() == "0.1"
 

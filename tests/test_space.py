@@ -52,6 +52,14 @@ def test_a_point_fills_the_open_keys():
     assert (config.loss.margin, config.loss.scale, config.optimizer.name) == (0.25, 32.0, "sgd")
 
 
+def test_folders_to_choose_from_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = {"data": {"root": {"choice": ["here", "/there", "synthetic"]}, "cache": {"choice": ["", "mine"]}}}
+    ranges = space_from_dict(tree, "").ranges
+    assert ranges["data.root"].values == (f"{tmp_path}/here", "/there", "synthetic")
+    assert ranges["data.cache"].values == ("", f"{tmp_path}/mine")
+
+
 def test_optuna_gets_the_same_ranges():
     ranges = space_from_dict(OPEN, "").ranges
     assert {key: span.distribution() for key, span in ranges.items()} == {

@@ -17,6 +17,7 @@ from raysv.search.space import Space, space_from_dict
 from raysv.search.study import (
     BEST_FILE,
     SPACE_FILE,
+    STARTED_FILE,
     TRIALS_FILE,
     TUNE_FOLDER,
     Study,
@@ -75,6 +76,7 @@ def test_trials_that_never_started_are_unfinished_too(space: Space) -> None:
     assert Study(space, TRIALS[:2]).unfinished == 2
     assert Study(space, [TRIALS[0], TRIALS[3], TRIALS[4]]).unfinished == 2
     assert Study(space, TRIALS[:4]).unfinished == 0
+    assert Study(space, [*TRIALS[:4], TRIALS[5]]).unfinished == 0  # a kill may have left one too many
 
 
 def test_the_table_ranks_by_how_far_a_trial_was_seen_and_then_by_its_eer(space: Space) -> None:
@@ -154,6 +156,15 @@ def test_facts_about_a_start_are_added_to_those_before(space: Space, tmp_path: P
     assert started(folder) == before | {"concurrent_trials": 2}
 
 
+def test_facts_about_a_start_are_never_half_written(space: Space, tmp_path: Path) -> None:
+    folder = open_study(space, tmp_path, URI, "mine")
+    before = started(folder)
+    os.link(folder / STARTED_FILE, tmp_path / "before.yaml")
+    note_start(folder, concurrent_trials=3)
+    assert read_yaml(tmp_path / "before.yaml") == before
+    assert {file.name for file in folder.iterdir()} == {SPACE_FILE, STARTED_FILE}
+
+
 def test_a_study_without_a_name_is_named_after_its_space_and_the_time(space: Space, tmp_path: Path) -> None:
     assert open_study(space, tmp_path, URI).name.startswith("small-")
 
@@ -201,6 +212,14 @@ def test_a_study_that_was_broken_off_at_once_has_no_trials(space: Space, tmp_pat
     assert read_study(folder).trials == []
     (folder / TUNE_FOLDER).mkdir()  # Tune makes it before it has anything to note
     assert read_study(folder).trials == []
+
+
+def test_a_record_that_a_dying_driver_tore_is_named(space: Space, tmp_path: Path) -> None:
+    folder = open_study(space, tmp_path, URI, "mine")
+    (folder / TUNE_FOLDER).mkdir()
+    (folder / TUNE_FOLDER / "experiment_state-2026.json").write_text('{"trial_data": [["')
+    with pytest.raises(ValueError, match=r"experiment_state-2026\.json cannot be read: .* Remove that file"):
+        read_study(folder)
 
 
 class BreakOff(ray.tune.Callback):

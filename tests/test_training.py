@@ -156,6 +156,26 @@ def test_a_finished_run_that_is_resumed_reports_how_it_ended(root, undisturbed):
     assert reports == [(history[-1], folder / "3")]
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"loss__margin": 0.3}, r"loss\.margin is 0\.2 there and 0\.3 here\. Go on"),
+        ({"model__embedding_dim": 8}, r"model\.embedding_dim is 16 there and 8 here\. Go on"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(root, undisturbed, values, told):
+    _, folder = undisturbed
+    with pytest.raises(ValueError, match=rf"1 is a checkpoint of another configuration: {told}"):
+        trained(tiny_config(root, training__epochs=3, **values), resume=folder / "1")
+
+
+def test_a_run_whose_data_moved_goes_on(root, undisturbed, tmp_path):
+    history, folder = undisturbed
+    moved = shutil.copytree(root, tmp_path / "elsewhere")
+    (metrics,) = trained(tiny_config(moved, training__epochs=3), resume=folder / "2")
+    assert without_speed(metrics) == pytest.approx(without_speed(history[2]), rel=1e-6)
+
+
 def test_test_lists_are_judged_only_when_asked_for_and_only_at_the_end(root):
     first, last = trained(tiny_config(root, data__test_pairs={"easy": "test_pairs.txt"}), tests=True)
     assert not any(name.startswith("easy/") for name in first)

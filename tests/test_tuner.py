@@ -12,10 +12,11 @@ from learning_fixtures import write_audio
 from raysv.search import cluster, tuner
 from raysv.search.cluster import Allotment
 from raysv.search.space import ResourcesConfig, Space, space_from_dict
-from raysv.search.study import Study, open_study, started
+from raysv.search.study import open_study, started
 
 TREE = {"loss": {"margin": {"uniform": [0.0, 0.5]}}, "search": {"trials": 6}}
 SEARCH_RECORDS = ("optuna.db", "asha.jsonl")
+CORPUS: Any = SimpleNamespace(digests={}, digest="abc", left_out={}, train=SimpleNamespace(speakers=[]))
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -75,7 +76,7 @@ def cluster_has_room_for(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Says how many trials the cluster has room for."""
 
     def allot(resources: ResourcesConfig, most_trials: int, room: int) -> Allotment:
-        return Allotment(0.0, min(room, most_trials), "gloo")
+        return Allotment(0.0, min(room, most_trials), room, "gloo")
 
     return lambda room: monkeypatch.setattr(cluster, "allot", functools.partial(allot, room=room))
 
@@ -114,12 +115,35 @@ def test_a_study_goes_on_with_its_trials_or_starts_anew_where_it_has_none(
     monkeypatch.setattr(ray.tune.Tuner, "restore", lambda *_, **__: SimpleNamespace(fit=lambda: done.append("go on")))
     monkeypatch.setattr(tuner, "_tuner", lambda *_: SimpleNamespace(fit=lambda: done.append("anew")))
     cluster_has_room_for(1)
-    study: Study = tuner.run_study(
-        space, folder, SimpleNamespace(digests={}, digest="abc"), "sqlite:///mlflow.db", resume=True
-    )
+    study = tuner.run_study(space, folder, CORPUS, "sqlite:///mlflow.db", resume=True)
     assert len(study.trials) == trials
     assert done == ["go on" if trials else "anew", folder]
     assert all((folder / name).exists() == bool(trials) for name in SEARCH_RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [("optuna.db", None, r"No file .*optuna\.db"), ("asha.jsonl", "hello\n", r"asha\.jsonl, line 1: not an entry")],
+)
+def test_a_study_whose_records_are_lost_or_damaged_does_not_go_on(
+    space: Space, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, told: str
+) -> None:
+    monkeypatch.setattr(tuner, "TUNE_SETTINGS", {})
+    monkeypatch.setattr(tuner, "read_study", lambda folder: SimpleNamespace(trials=["x"]))
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=told):
+        tuner.run_study(space, folder, CORPUS, "sqlite:///mlflow.db", resume=True)
+
+
+def test_a_study_that_goes_on_with_other_code_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for revision, expected in (
+        ("abc", ""),
+        ("abc", ""),
+        ("def", "Code     def from now on; so far the study ran abc. MLflow's tags follow.\n"),
+    ):
+        tuner._note_tags(folder, {"raysv.git": revision, "raysv.seed": "0"})
+        assert capsys.readouterr().out == expected
+        assert started(folder)["tags"] == {"raysv.git": revision, "raysv.seed": "0"}
 
 
 def test_recordings_that_are_left_out_are_named_before_a_study(

@@ -244,4 +244,8 @@ def test_columns_hold_every_name_once(tmp_path):
     columns = read_pair_columns(path)
     assert columns.names == ["a", "b", "c"]
     assert [column.tolist() for column in columns[1:]] == [[0, 1, 0], [1, 2, 0], [True, False, True]]
-    assert columns.pairs() == read_pairs(path)
+    named = [
+        (columns.names[enrolment], columns.names[test], same)
+        for enrolment, test, same in zip(*columns[1:], strict=True)
+    ]
+    assert read_pairs(path) == [VerificationPair(*pair) for pair in named]

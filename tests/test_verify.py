@@ -9,7 +9,7 @@ from encoder_fixtures import tiny_encoder, write_checkpoint
 from learning_fixtures import tiny_config, write_audio, write_corpus
 
 from raysv import verify
-from raysv.corpus.audio import FULL_SCALE, read_audio
+from raysv.corpus.audio import floating, read_audio
 from raysv.corpus.layouts import cnceleb, write_lists
 from raysv.corpus.utterances import VerificationPair, read_pairs, read_utterances, write_pairs
 from raysv.verification.metrics import eer, min_dcf
@@ -145,27 +145,29 @@ def test_trials_of_kaldi_are_verified_by_the_ids_of_utterances(run, root, checkp
 
 
 def test_trials_of_cnceleb_are_verified_by_models_of_several_recordings(run, root, checkpoint, encoder, tmp_path):
-    folder, lists = tmp_path / "CN-Celeb_flac", tmp_path / "lists"
+    folder = tmp_path / "CN-Celeb_flac"
     copies = {f"data/{name}/drama-01-00{take}.wav": f"{name}/1{take}.wav" for name in SPOKEN for take in (0, 1)}
     copies |= {f"eval/test/{name}-vlog-01-001.wav": f"{name}/12.wav" for name in SPOKEN}
-    copies |= {"data/id00000/drama-01-001.wav": "train-0/0.wav"}
+    copies |= {f"data/id0000{name}/drama-01-001.wav": f"train-{name}/0.wav" for name in range(3)}
     for copy, original in copies.items():
         (folder / copy).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / original, folder / copy)
-    write(folder / "dev/dev.lst", "id00000")
+    write(folder / "dev/dev.lst", *(f"id0000{name}" for name in range(3)))
     write(folder / "eval/lists/enroll.lst", *(f"{name}-enroll enroll/{name}-enroll.wav" for name in SPOKEN))
     write(folder / "eval/lists/enroll.map", *(f"{n}-enroll {n}/drama-01-000.wav {n}/drama-01-001.wav" for n in SPOKEN))
     trials = [(enrolment, test) for enrolment in SPOKEN for test in SPOKEN]
     write(folder / "eval/lists/trials.lst", *(f"{e}-enroll test/{t}-vlog-01-001.wav {e == t:d}" for e, t in trials))
-    write_lists(cnceleb(folder), lists, folder)
+    write_lists(cnceleb(folder), folder, folder)
 
-    options = ("--root", folder, "--enrolments", lists / "enrolments.txt", "--scores", tmp_path / "scores")
-    status, out, error = run(checkpoint, lists / "test_pairs.txt", *options)
+    options = ("--enrolments", "enrolments.txt", "--scores", tmp_path / "scores")
+    status, out, error = run(checkpoint, folder / "test_pairs.txt", "--cohort", folder / "train.csv", *options)
+    assert (status, error) == (0, "")
+    status, out, error = run(checkpoint, folder / "test_pairs.txt", *options)
     assert (status, error) == (0, "")
     assert "4 pairs of 6 recordings" in out
 
     def embedded(path):
-        (embedding,) = encoder.embed([torch.from_numpy(read_audio(root / path).astype("float32")) / FULL_SCALE])
+        (embedding,) = encoder.embed([torch.from_numpy(floating(read_audio(root / path)))])
         return torch.nn.functional.normalize(embedding, dim=0)
 
     models = {name: embedded(f"{name}/10.wav") + embedded(f"{name}/11.wav") for name in SPOKEN}
@@ -194,7 +196,7 @@ def test_a_cohort_normalises_the_scores_of_a_list(run, root, checkpoint, tmp_pat
 def embedded(root, encoder, name):
     """The embeddings of a list's recordings by their paths."""
     paths = [str(spoken.path.relative_to(root)) for spoken in read_utterances(root / name, root)]
-    waveforms = [torch.from_numpy(read_audio(root / path).astype("float32")) / FULL_SCALE for path in paths]
+    waveforms = [torch.from_numpy(floating(read_audio(root / path))) for path in paths]
     return dict(zip(paths, encoder.embed(waveforms), strict=True))
 
 
@@ -236,6 +238,12 @@ def test_a_cohort_is_centred_too_and_embedded_once_where_it_is_what_is_centred_o
     rows = torch.stack([unit[path] for path in dev])
     cosines = (rows[enrolment] * rows[test]).sum(1).numpy()
     np.testing.assert_allclose(scores, as_norm(cosines, rows, enrolment, test, cohort, 4), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("option", ["--cohort", "--centre"])
+def test_a_population_with_the_speakers_that_are_tested_is_refused(refused, root, checkpoint, option):
+    error = refused(checkpoint, root / "dev_pairs.txt", option, root / "dev.csv")
+    assert f"dev_pairs.txt and {option} {root / 'dev.csv'} share 20 speakers or recordings: dev-0/10.wav" in error
 
 
 def test_the_eer_of_a_list_has_an_interval_over_its_speakers(run, root, checkpoint, tmp_path):

@@ -17,6 +17,7 @@ FULL_SCALE = 32768  # int16 samples divided by it lie in [-1, 1)
 SMALLEST_DIVISOR = 10  # Hz, of a rate and 16 kHz together: the resampler's filters for 44101 Hz would take gigabytes
 
 Waveform = npt.NDArray[np.int16]
+Floats = npt.NDArray[np.float32]
 
 
 class BadAudio(ValueError):  # noqa: N818, it is the audio that is bad
@@ -48,6 +49,13 @@ def read_audio(path: Path) -> Waveform:
             raise BadAudio(f"its rate of {rate} Hz has no simple ratio to {SAMPLE_RATE} Hz; convert it")
         channel = torchaudio.functional.resample(torch.from_numpy(channel.copy()), rate, SAMPLE_RATE).numpy()
     return np.clip(np.rint(channel * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+
+
+def floating(waveform: Waveform) -> Floats:
+    """The same samples as float32 in [-1, 1), exactly."""
+    floats = waveform.astype(np.float32)
+    floats *= np.float32(1 / FULL_SCALE)  # in place: a page of memory touched for the first time costs more
+    return floats
 
 
 def take(waveform: Waveform, start: int, length: int) -> Waveform:

@@ -24,7 +24,7 @@ def refuse_unknown(listed: PairList) -> None:
 
 
 def refuse_leak(listed: PairList, where: str, seen: Sequence[Utterance]) -> None:
-    """Refuse pairs with recordings or speakers that were seen elsewhere, in training or in choosing a configuration."""
+    """Refuse pairs with recordings or speakers seen elsewhere: in training, in choosing a configuration or a cohort."""
     seen_speakers = {spoken.speaker for spoken in seen}
     seen_keys, seen_paths = {spoken.key for spoken in seen}, {spoken.path for spoken in seen}
     leaks = set()

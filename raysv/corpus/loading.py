@@ -17,7 +17,7 @@ from raysv.corpus.pairlists import PairList, pair_set, read_pair_list
 from raysv.corpus.sets import DEV, TRAIN, Corpus, PairSet, TrainingSet, digest, part_names
 from raysv.corpus.store import Progress, WaveformStore, open_store
 from raysv.corpus.synthetic import corpus_folder
-from raysv.corpus.utterances import Utterance, VerificationPair, read_clips, read_enrolments, read_utterances
+from raysv.corpus.utterances import PairColumns, Utterance, read_clips, read_enrolments, read_utterances
 
 
 def load_corpus(
@@ -88,22 +88,32 @@ def open_corpus(data: DataConfig, augment: AugmentConfig, checked: Mapping[str, 
 
 
 def load_pairs(
-    pairs: Path, root: Path, cache: Path, utterances: Sequence[str] = (), enrolments: Sequence[str] = ()
-) -> tuple[PairSet, list[VerificationPair]]:
-    """A pair list of its own.
+    pairs: Path,
+    root: Path,
+    cache: Path,
+    utterances: Sequence[str] = (),
+    enrolments: Sequence[str] = (),
+    *,
+    apart: Mapping[str, Sequence[Utterance]] | None = None,
+) -> tuple[PairSet, PairColumns]:
+    """A pair list of its own, as indices and as it names them.
 
     Args:
         root: folder that recordings and lists are relative to.
         utterances: manifests or Kaldi folders with the recordings that pairs name otherwise than by their path.
         enrolments: lists of enrolments made of several recordings.
+        apart: utterances, by what a message calls them, whose recordings and speakers must not be among the pairs'.
 
-    Raises: ValueError when a recording is missing or cannot be used, OSError when the cache cannot be written.
+    Raises: ValueError when a recording is missing, cannot be used or must not be there, OSError when the cache cannot
+        be written.
     """
     listed = read_pair_list(pairs, root, _read_known(utterances, root), _read_models(enrolments, root))
     refuse_unknown(listed)
+    for where, seen in (apart or {}).items():
+        refuse_leak(listed, where, seen)
     store = open_store(list(listed.paths.values()), cache)
     refuse_bad_audio({"pairs": store}, "Mend them, or take their pairs out of the list.")
-    return pair_set(listed, store), listed.pairs.pairs()
+    return pair_set(listed, store), listed.pairs
 
 
 def _root(data: DataConfig) -> Path:

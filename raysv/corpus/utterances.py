@@ -109,18 +109,15 @@ class PairColumns(NamedTuple):
     test: npt.NDArray[np.int32]
     same_speaker: npt.NDArray[np.bool_]
 
-    def pairs(self) -> list[VerificationPair]:
-        """The same pairs, one by one."""
-        rows = zip(self.enrolment.tolist(), self.test.tolist(), self.same_speaker.tolist(), strict=True)
-        return [VerificationPair(self.names[enrolment], self.names[test], same) for enrolment, test, same in rows]
-
 
 def read_pairs(path: Path) -> list[VerificationPair]:
     """The verification pairs of a list in the form of VoxCeleb, Kaldi or CN-Celeb, recognised from its first lines.
 
     Raises: ValueError naming file and line where a line has another form, or when the whole list fits two forms.
     """
-    return read_pair_columns(path).pairs()
+    columns = read_pair_columns(path)
+    rows = zip(*(column.tolist() for column in columns[1:]), strict=True)
+    return [VerificationPair(columns.names[enrolment], columns.names[test], same) for enrolment, test, same in rows]
 
 
 def read_pair_columns(path: Path) -> PairColumns:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysv.config import Config
+from raysv.config import Config, config_to_dict, flatten
 from raysv.corpus.loading import open_corpus
 from raysv.corpus.sets import Corpus, PairSet
 from raysv.distributed import agree, gather, rank, together, wrap
-from raysv.learning.checkpoint import Standing, load_training_state, save_checkpoint
+from raysv.learning.checkpoint import Standing, describe_checkpoint, load_training_state, save_checkpoint
 from raysv.learning.losses import AAMSupCon, Losses
 from raysv.learning.views import Batch, ViewBatches, loader, make_views
 from raysv.speech.encoder import SpeakerEncoder
@@ -74,7 +74,7 @@ def fit(
         report: called by every worker after every epoch with its metrics and, on the first worker, a folder that
             holds the checkpoint until the call returns. `dev/eer` among the metrics is the error rate to be judged by.
         device: where to compute; the CPU if not given.
-        resume: a checkpoint of this configuration to go on from.
+        resume: a checkpoint of this configuration to go on from; only its data may have moved.
         tests: whether to evaluate the test lists too, once, after the last epoch.
         checked: the `digests` of the corpus, if somebody has checked it: it is then taken as it was found, and loaded
             only on a node that does not have it.
@@ -189,6 +189,7 @@ class _Run:
 
     def restore(self, folder: Path) -> list[Metrics]:
         """Stand where a checkpoint stands; returns the metrics of the epochs before."""
+        _refuse_other(self.config, folder)
         encoder, state, history = load_training_state(folder)
         self.learner.encoder.load_state_dict(encoder)
         self.learner.loss.load_state_dict(state["loss"])
@@ -222,6 +223,15 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
             fast = torch.cpu._is_amx_tile_supported()  # where it is emulated, it is slower
         precision = "bf16" if fast else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _refuse_other(config: Config, folder: Path) -> None:
+    """Refuse a checkpoint of another configuration, whatever it calls its data."""
+    here, there = (flatten(config_to_dict(of)) for of in (config, describe_checkpoint(folder)[0]))
+    differing = [key for key in here if here[key] != there.get(key) and not key.startswith("data.")]
+    if differing:
+        told = ", ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing)
+        raise ValueError(f"{folder} is a checkpoint of another configuration: {told}. Go on with that, or start anew.")
 
 
 def _optimizer(config: Config, learner: Learner) -> torch.optim.Optimizer:

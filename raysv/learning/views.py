@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raysv.config import SAMPLE_RATE, Config
-from raysv.corpus.audio import FULL_SCALE, take
+from raysv.corpus.audio import FULL_SCALE, Floats, floating, take
 from raysv.corpus.sampling import SpeakerBatches
 from raysv.corpus.sets import Corpus
 from raysv.corpus.store import WaveformStore
@@ -25,9 +25,8 @@ from raysv.distributed import shard, world_size
 from raysv.speech.augmentation import ADDITIVE, Choices, add_noise, choose, recipe, reverberate
 from raysv.speech.features import MELS, num_frames
 
-RESPONSE_SAMPLES = SAMPLE_RATE  # a room response is cut after this much: later echoes are 60 dB down in most rooms
+RESPONSE_SAMPLES = SAMPLE_RATE  # a room response is cut after this much: longer ones lose their tail
 
-Floats = npt.NDArray[np.float32]
 Step = tuple[int, int]  # epoch, from 1, and step in it, from 0
 
 
@@ -161,12 +160,12 @@ class ViewBatches(Dataset[Batch]):
                 talker = self._clip(self.clips[kind], clip[voice], offset[voice])
             else:
                 other = self._other_speaker(speaker, choices.babbler[view][voice], clip[voice])
-                talker = _floating(self._crop(self.train.store, self.train.recordings[other], offset[voice]))
+                talker = floating(self._crop(self.train.store, self.train.recordings[other], offset[voice]))
             babble += talker * np.float32(_unit_gain(talker))
         return babble
 
     def _clip(self, store: WaveformStore, which: float, offset: float) -> Floats:
-        return _floating(self._crop(store, store.usable[int(which * len(store.usable))], offset))
+        return floating(self._crop(store, store.usable[int(which * len(store.usable))], offset))
 
     def _other_speaker(self, speaker: int, which: float, utterance: float) -> int:
         """An utterance of anybody but this speaker."""
@@ -176,7 +175,7 @@ class ViewBatches(Dataset[Batch]):
 
     def _room(self, which: float) -> Floats:
         store = self.clips["reverb"]
-        response = _floating(store[store.usable[int(which * len(store.usable))]])
+        response = floating(store[store.usable[int(which * len(store.usable))]])
         return response[np.abs(response).argmax() :][:RESPONSE_SAMPLES]
 
 
@@ -184,12 +183,6 @@ def loader(batches: ViewBatches, first_epoch: int, last_epoch: int, workers: int
     """All batches from the first epoch to the last, in order, read ahead by `workers` processes."""
     order = itertools.product(range(first_epoch, last_epoch + 1), range(batches.steps))
     return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin)
-
-
-def _floating(samples: npt.NDArray[np.int16]) -> Floats:
-    floats = samples.astype(np.float32)
-    floats *= np.float32(1 / FULL_SCALE)  # in place: a page of memory touched for the first time costs more
-    return floats
 
 
 def _unit_gain(waveform: Floats) -> float:

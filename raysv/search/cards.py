@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from raysv.search.results import trial_name
@@ -23,7 +24,9 @@ class StudyCard:
         searched: the dotted keys of the leaves that are open.
         epochs: of a trial that is not stopped early.
         study_id: tells the study from others of its name; the name itself if empty.
-        tags: of the study and of every trial: revision, data, versions.
+        tags: of the study and of every trial.
+        folder: of the study. A card outlives its driver, but the code may change: revision, data and versions are the
+            tags that each driver notes there when it starts, see `started`.
         description: Markdown, what is searched.
         resolve: what a trial's full tree comes to beside its own values, to be logged with them.
     """
@@ -40,6 +43,7 @@ class StudyCard:
     description: str = ""
     experiment: str = "raysv"
     resolve: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)

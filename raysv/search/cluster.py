@@ -16,20 +16,23 @@ from raysv.search.space import ResourcesConfig
 KNOCK_SECONDS = 5
 DASHBOARD_SECONDS = 120
 DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # of Ray: where every process of a cluster finds its dashboard
+# Of glibc: keep memory instead of giving every activation back to the system, which on a CPU took a sixth of the time.
+# A high MALLOC_MMAP_THRESHOLD_ would do as well, but glibc before 2.35 refuses one above 32 MiB.
+MALLOC_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30)}
 LOCAL_SETTINGS = {  # of the processes of a private cluster
     "RAY_worker_maximum_startup_concurrency": "16",  # a trial has many helpers; Ray warns of each dozen
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),  # keep memory instead of giving every activation back to the system,
-    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),  # which on a CPU took a sixth of the time
+    **MALLOC_SETTINGS,
 }
 LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; nothing large goes through it, audio is memory-mapped
 
 
 @dataclass(frozen=True)
 class Allotment:
-    """What each trial gets, and how many of them run at a time."""
+    """What each trial gets, how many of them run at a time, and how many the whole cluster has room for."""
 
     gpus_per_worker: float
     concurrent_trials: int
+    room: int
     backend: str
 
     def describe(self, resources: ResourcesConfig) -> str:
@@ -128,9 +131,16 @@ def allot(resources: ResourcesConfig, most_trials: int) -> Allotment:
             f"each, but the cluster has {has}, room for {places}. Lower resources.workers, "
             "resources.cpus_per_worker or resources.gpus_per_worker, or join a larger cluster."
         )
-    fitting = places // resources.workers
-    return Allotment(per_worker, min(fitting, most_trials), "nccl" if per_worker else "gloo")
+    room = places // resources.workers
+    return Allotment(per_worker, min(room, most_trials), room, "nccl" if per_worker else "gloo")
 
 
 def _workers_on(node: dict[str, float], needs: dict[str, float]) -> int:
-    return min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in needs.items() if amount)
+    return min(_fitting(node.get(kind, 0), amount) for kind, amount in needs.items() if amount)
+
+
+def _fitting(there: float, amount: float) -> int:
+    """How often an amount is there; a fraction has to come from one GPU."""
+    if amount < 1:
+        return int(there) * int(1 / amount + 1e-9)
+    return int(there / amount + 1e-9)

@@ -12,7 +12,8 @@ from raysv.search.wording import first_line
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = 30.0  # between attempts while MLflow does not answer
+RETRY_SECONDS = 30.0  # between attempts while MLflow does not answer,
+RETRY_SHARE = 10.0  # or so many times what the last one took: an attempt holds the study up, for a minute if need be
 ATTEMPTS = 3  # at an entry that MLflow refuses although it answers
 
 
@@ -53,10 +54,13 @@ class Outbox:
 
     def _work(self) -> None:
         while self._waiting:
+            started = time.monotonic()
             try:
                 self._waiting[0]()
             except Exception as error:  # whatever is wrong with MLflow, a study of days must not end by it
-                if self._keep(error):
+                keep, now = self._keep(error), time.monotonic()
+                self._resume_at = now + max(RETRY_SECONDS, RETRY_SHARE * (now - started))
+                if keep:
                     return
                 self._lost += 1
             self._waiting.popleft()
@@ -74,5 +78,4 @@ class Outbox:
             self._attempts = 0
         else:
             self._attempts += 1
-        self._resume_at = time.monotonic() + RETRY_SECONDS
         return self._attempts < ATTEMPTS

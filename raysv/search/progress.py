@@ -16,7 +16,10 @@ from raysv.search.wording import describe_values, duration
 
 
 class Progress(Callback):
-    """Prints which trial tries what, its EER after every epoch, the best so far and the time left.
+    """Prints which trial tries what, its EER after every epoch, the lowest so far and the time left.
+
+    The lowest EER may be that of an early epoch, or of a trial that is stopped later: the best trial of a study is
+    another thing, see `Study.best`.
 
     Args:
         trials, epochs: of the study, to estimate how long it still takes.
@@ -28,7 +31,7 @@ class Progress(Callback):
         self._trials, self._epochs, self._kept, self._single = trials, epochs, kept, single
         self._reached: dict[str, int] = {}  # trial → its last epoch
         self._ended: set[str] = set()
-        self._best: tuple[float, str] | None = None
+        self._lowest: tuple[float, str] | None = None
         self.setup()
 
     def setup(self, *args: Any, **info: Any) -> None:
@@ -56,11 +59,11 @@ class Progress(Callback):
             self._seconds.append(now - before)
         value, epoch = result[METRIC], result[TIME]
         self._reached[trial.trial_id] = epoch
-        if self._best is None or value < self._best[0]:
-            self._best = value, trial_name(trial)
-        best = "" if self._single else f"   best {100 * self._best[0]:.2f} % ({self._best[1]})"
+        if self._lowest is None or value < self._lowest[0]:
+            self._lowest = value, trial_name(trial)
+        lowest = "" if self._single else f"   lowest {100 * self._lowest[0]:.2f} % ({self._lowest[1]})"
         left = self._time_left()
-        self._say(trial, f"epoch {epoch}/{self._epochs}   EER {100 * value:.2f} %{best}{left}")
+        self._say(trial, f"epoch {epoch}/{self._epochs}   EER {100 * value:.2f} %{lowest}{left}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A line on how a trial ended."""
@@ -79,11 +82,11 @@ class Progress(Callback):
 
     def get_state(self) -> dict[str, Any]:
         """What a resumed study still knows."""
-        return {"reached": self._reached, "ended": self._ended, "best": self._best}
+        return {"reached": self._reached, "ended": self._ended, "best": self._lowest}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on counting where the driver before stopped."""
-        self._reached, self._ended, self._best = state["reached"], state["ended"], state["best"]
+        self._reached, self._ended, self._lowest = state["reached"], state["ended"], state["best"]
 
     def _end(self, trial: Any, words: str) -> None:
         self._ended.add(trial.trial_id)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -13,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.search.optuna import OptunaSearch
 
 from raysv.search.results import METRIC, TIME, outcome
+from raysv.search.study import TUNE_SNAPSHOTS
 
 USUAL_STARTUP_TRIALS = 10  # Optuna's own number of random trials before its model is used
 SQLITE_PATIENCE_SECONDS = 60  # for a lock: a dashboard may be reading
@@ -28,9 +31,9 @@ class OptunaProposals(OptunaSearch):
     | gave itself up (`failure`)          | COMPLETE with what it reported; the reason is in a user attribute |
     | raised, or reported nothing         | FAIL; a later success of its retry is added                       |
 
-    Steps are epochs. Optuna's storage is written at once but Tune's snapshot now and then, so after a killed driver the
-    storage may know more: results that come again are ignored, trials that Tune has forgotten become FAIL, and where
-    those were some of the first `points`, these are tried again.
+    Steps are epochs. Optuna's storage is written at once but Tune's snapshot now and then, in several files, so after a
+    killed driver the storage may know more, and this search more than Tune: results that come again are ignored, trials
+    that Tune has forgotten become FAIL, and where those were some of the first `points`, these are tried again.
 
     Args:
         space: dotted key of a configuration and what it may be; empty, every proposal is `{}`.
@@ -118,6 +121,10 @@ class OptunaProposals(OptunaSearch):
         """Tune's snapshot, and order in the storage that may be ahead of it."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         super().restore(checkpoint_path)
+        if (in_tune := _trials_in_tune(Path(checkpoint_path).parent)) is not None:
+            self._live &= in_tune
+            for forgotten in self._ot_trials.keys() - in_tune:
+                del self._ot_trials[forgotten]
         remembered = {trial.number for trial in self._ot_trials.values()}
         for trial in self._known():
             if trial.state == TrialState.RUNNING and trial.number not in remembered:
@@ -134,7 +141,7 @@ class OptunaProposals(OptunaSearch):
         return self._study.get_trials(deepcopy=False)
 
     def _find(self, trial_id: str) -> FrozenTrial | None:
-        """What Optuna holds of a trial; none of one that Tune restarted under a new id after an error."""
+        """What Optuna holds of a trial; none of one that is newer than the snapshot this search was restored from."""
         return self._known()[self._ot_trials[trial_id].number] if trial_id in self._ot_trials else None
 
     def _add(self, result: dict[str, Any], state: TrialState, reason: str) -> None:
@@ -155,6 +162,14 @@ def _tpe(dimensions: int, seed: int | None) -> TPESampler:
     """Optuna's TPE for studies of a few dozen trials: where little is searched, the model takes over sooner."""
     startup = min(USUAL_STARTUP_TRIALS, 2 * dimensions + 1)
     return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)
+
+
+def _trials_in_tune(folder: Path) -> set[str] | None:
+    """The ids of the trials in Tune's newest snapshot in a folder; none where there is no snapshot."""
+    newest = max(folder.glob(TUNE_SNAPSHOTS), default=None)
+    if newest is None:
+        return None
+    return {json.loads(trial)["trial_id"] for trial, _ in json.loads(newest.read_text(encoding="utf-8"))["trial_data"]}
 
 
 def _patience(storage: str) -> dict[str, Any]:

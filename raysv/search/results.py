@@ -9,6 +9,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from raysv.learning.checkpoint import HISTORY
+
 METRIC = "dev/eer"  # what a search minimises, a fraction; 0.5 is chance
 TIME = "epoch"  # its time axis, from 1; Tune's training_iteration restarts at 1 whenever a trial is resumed
 BOOKKEEPING = {  # Tune's own numbers in a result; time_total_s is kept
@@ -24,7 +26,7 @@ def metrics_by_epoch(result: Mapping[str, Any]) -> dict[int, dict[str, float]]:
         result: with `checkpoint_path` if there is a checkpoint, which may lie out of reach.
     """
     folder = str(result.get("checkpoint_path") or "")
-    file = Path(folder, "metrics.jsonl")
+    file = Path(folder, HISTORY)
     told = file.read_text(encoding="utf-8").splitlines() if folder and file.is_file() else []
     lines = (*map(json.loads, told), result)
     return {int(line[TIME]): _numbers(line) for line in lines if TIME in line}

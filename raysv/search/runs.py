@@ -15,17 +15,18 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from raysv.config import flatten, with_values
+from raysv.learning.checkpoint import TRAINING_STATE
 from raysv.search.cards import StudyCard, TrialCard
 from raysv.search.figures import det_figure, read_det
 from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
 from raysv.search.results import METRIC, metrics_by_epoch
+from raysv.search.study import SPACE_FILE, started
 from raysv.search.wording import markdown, show_value
 
 OUTCOME, ERROR, BEST, CHECKPOINT = "raysv.outcome", "raysv.error", "raysv.best", "raysv.checkpoint"  # tags
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "error": "FAILED"}  # KILLED would show the same cross as FAILED
-NOT_UPLOADED = ("training_state.pt",)  # large, and only needed to go on training where the checkpoint lies
+NOT_UPLOADED = (TRAINING_STATE,)  # large, and only needed to go on training where the checkpoint lies
 MOST_PARAMS = 100  # that one call may log
-SPACE_FILE = "space.yaml"
 PARAM_DIGITS = 6  # the artifact `config.yaml` has every digit
 RANKED = 5  # trials in the study's description
 
@@ -50,6 +51,7 @@ class StudyRuns:
 
     def __init__(self, card: StudyCard) -> None:
         self._card = card
+        self._tags: dict[str, str] = {}
         self._trials: dict[str, _Known] = {}
         self._summary: dict[str, float] = {}
         self._hours_before, self._since = 0.0, time.monotonic()
@@ -63,12 +65,15 @@ class StudyRuns:
         self._client.search_experiments(max_results=1)
 
     def open(self) -> None:
-        """Find the study's run or make it."""
+        """Find the study's run or make it; its tags are those of this driver."""
         self._experiment = experiment_id(self._card.tracking_uri, self._card.experiment)
-        tags = self._card.tags | {"mlflow.note.content": self._card.description}
-        parent = self._find({KIND: "study"}) or self._create(self._card.name, {KIND: "study"} | tags)
+        self._tags = self._card.tags | (started(self._card.folder).get("tags", {}) if self._card.folder else {})
+        parent = self._find({KIND: "study"}) or self._create(
+            self._card.name, {KIND: "study", "mlflow.note.content": self._card.description}
+        )
         self._parent: str = parent.info.run_id
         self._hours_before, self._since = parent.data.metrics.get("hours", 0.0), time.monotonic()
+        self._client.log_batch(self._parent, tags=_run_tags(self._tags))
         self._client.update_run(self._parent, status="RUNNING")
         self._client.log_text(self._parent, self._card.space, SPACE_FILE)
 
@@ -84,7 +89,7 @@ class StudyRuns:
         self._client.log_text(
             known.run_id, f"# {card.name} ({card.trial_id}) of {self._card.name}\n{text}", CONFIG_FILE
         )
-        self._client.log_batch(known.run_id, tags=[RunTag(OUTCOME, "running"), RunTag(ERROR, "")])
+        self._client.log_batch(known.run_id, tags=_run_tags(self._tags | {OUTCOME: "running", ERROR: ""}))
         self._client.update_run(known.run_id, status="RUNNING")
 
     def add_result(self, card: TrialCard, result: Mapping[str, Any]) -> None:
@@ -100,7 +105,7 @@ class StudyRuns:
             known.steps.add(step)
         folder = str(result.get("checkpoint_path") or "")
         if folder and METRIC in result:
-            if result[METRIC] <= min(known.checkpoints.values(), default=math.inf):
+            if result[METRIC] < min(known.checkpoints.values(), default=math.inf):  # of equals, the first is kept
                 self._client.set_tag(known.run_id, CHECKPOINT, folder)
             known.checkpoints[folder] = float(result[METRIC])
 
@@ -112,7 +117,7 @@ class StudyRuns:
         folders = {eer: Path(folder) for folder, eer in known.checkpoints.items() if Path(folder).is_dir()}
         if folders:
             self._upload(known.run_id, folders[min(folders)], card.name)
-        self._client.log_batch(known.run_id, tags=[RunTag(OUTCOME, end), RunTag(ERROR, reason[:5000])])
+        self._client.log_batch(known.run_id, tags=_run_tags({OUTCOME: end, ERROR: reason[:5000]}))
         self._client.set_terminated(known.run_id, STATUS[end])
 
     def summarise(self) -> None:
@@ -133,7 +138,7 @@ class StudyRuns:
         now, step = int(1000 * time.time()), sum(ends[end] for end in STATUS)
         hours = self._hours_before + (time.monotonic() - self._since) / 3600
         metrics = [Metric(key, value, now, step) for key, value in (values | {"hours": hours}).items()]
-        self._client.log_batch(self._parent, metrics=metrics, tags=[RunTag(*tag) for tag in tags.items()])
+        self._client.log_batch(self._parent, metrics=metrics, tags=_run_tags(tags))
         for run in trials:
             if BEST in run.data.tags and run not in ranked[:1]:
                 self._client.delete_tag(run.info.run_id, BEST)
@@ -161,7 +166,7 @@ class StudyRuns:
         if card.trial_id not in self._trials:
             tags = {KIND: "trial", TRIAL: card.trial_id}
             run = self._find(tags) or self._create(
-                card.name, {"mlflow.parentRunId": self._parent, OUTCOME: "running"} | tags | self._card.tags
+                card.name, {"mlflow.parentRunId": self._parent, OUTCOME: "running"} | tags
             )
             curve = self._client.get_metric_history(run.info.run_id, METRIC)
             best = run.data.tags.get(CHECKPOINT)
@@ -205,3 +210,7 @@ class StudyRuns:
         ]
         table = markdown(["trial", "EER %", *keys], rows) if rows else ""
         return "\n\n".join(filter(None, (self._card.description, table)))
+
+
+def _run_tags(tags: Mapping[str, str]) -> list[RunTag]:
+    return [RunTag(*tag) for tag in tags.items()]

@@ -144,7 +144,7 @@ class Space:
         return int(self.tree["training"]["epochs"])
 
     def corners(self) -> list[Config]:
-        """The configuration at both ends of all ranges, and at every choice."""
+        """The configuration at the lower ends of all ranges, at the upper ones, and at every choice."""
         points = [{key: span.values[end] for key, span in self.ranges.items()} for end in (0, -1)]
         points += [{key: value} for key, span in self.ranges.items() if span.kind == "choice" for value in span.values]
         return [self.config(point) for point in points]
@@ -169,7 +169,8 @@ class Space:
 def read_space(path: Path, settings: dict[str, Any] | None = None) -> Space:
     """The search space in a YAML file, with some of its keys set otherwise.
 
-    Every range is tried at both ends: a value that cannot be trained with is found here, before anything runs.
+    The lower ends of all ranges together, the upper ones together and every choice are tried: most values that cannot
+    be trained with are found here, before anything runs.
 
     Args:
         settings: dotted keys and their values, ranges among them if need be.
@@ -195,6 +196,8 @@ def space_from_dict(tree: dict[str, Any], name: str) -> Space:
     complete = config_to_dict(config_from_dict(closed))
     for key in ("root", "cache"):
         complete["data"][key] = _from_here(complete["data"][key])
+        if span := ranges.get(f"data.{key}"):
+            ranges[f"data.{key}"] = Range(span.kind, tuple(map(_from_here, span.values)))
     space = Space(name, complete, ranges, search, resources)
     for key, span in ranges.items():
         section, _, knob_name = key.partition(".")
@@ -222,9 +225,11 @@ def space_from_dict(tree: dict[str, Any], name: str) -> Space:
     return space
 
 
-def _from_here(folder: str) -> str:
-    """A folder as Ray's workers find it too, who run in folders of their own."""
-    return folder if folder in ("", SYNTHETIC) or folder.startswith("~") else os.path.abspath(folder)
+def _from_here(folder: Any) -> Any:
+    """A folder as Ray's workers find it too, who run in folders of their own; what is no text is refused elsewhere."""
+    if not isinstance(folder, str) or folder in ("", SYNTHETIC) or folder.startswith("~"):
+        return folder
+    return os.path.abspath(folder)
 
 
 def _separate(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Range]]:

@@ -19,8 +19,7 @@ class JournaledASHA(ASHAScheduler):
     (https://github.com/ray-project/ray/issues/30838). Here the journal is replayed before the first trial is added.
     A decision stays made: a trial that was stopped stops again, and an epoch that comes again is not judged again.
 
-    The last epoch is not judged at all: that trial is about to return by itself, and stopping it would kill its workers
-    while they write.
+    The last epoch is not judged at all: that trial is about to return by itself, and there is nothing left to save.
 
     Args:
         journal: JSON lines, one per result; written by the driver alone. A new study needs a new journal.
@@ -51,7 +50,7 @@ class JournaledASHA(ASHAScheduler):
         """Place a trial, the first time after recalling what earlier drivers decided."""
         if not self._replayed:
             self._replayed = True
-            for entry in _read_journal(self._journal):
+            for entry in read_journal(self._journal):
                 self._recall(**entry)
         super().on_trial_add(tune_controller, trial)
 
@@ -85,8 +84,11 @@ class JournaledASHA(ASHAScheduler):
             file.write(json.dumps(entry) + "\n")
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """The entries of a journal; a last line that a dying driver tore off is removed from the file."""
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The entries of a journal; a last line that a dying driver tore off is removed from the file.
+
+    Raises: ValueError naming the line that is no entry.
+    """
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
+import os
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +25,7 @@ STARTED_FILE = "started.yaml"  # how it was started, for whoever resumes it
 BEST_FILE = "best_config.yaml"
 TRIALS_FILE = "trials.csv"
 TUNE_FOLDER = "tune"  # Tune's own record of the study, below the study's folder
+TUNE_SNAPSHOTS = "experiment_state-*.json"  # in it, one by each driver
 ERROR_FILE = "error.txt"  # Tune's report of what a trial died of, in the trial's folder
 
 
@@ -73,7 +76,8 @@ class Study:
     @property
     def unfinished(self) -> int:
         """Trials that the study was asked for and has not seen the end of."""
-        return self.space.search.trials - sum(trial.outcome != "unfinished" for trial in self.trials)
+        # of Tune's several files one may be older than the others after a kill: there can be a trial too many
+        return max(0, self.space.search.trials - sum(trial.outcome != "unfinished" for trial in self.trials))
 
     def table(self) -> str:
         """All trials, best first, as text in columns."""
@@ -129,13 +133,20 @@ class Study:
 def read_study(folder: Path) -> Study:
     """A study as its folder holds it: finished, broken off or still running.
 
-    Raises: ValueError when the folder is no study.
+    Raises: ValueError when the folder is no study, or what Tune noted of it cannot be read.
     """
     space = load_space(folder)
-    if not any((folder / TUNE_FOLDER).glob("experiment_state-*.json")):
+    newest = max((folder / TUNE_FOLDER).glob(TUNE_SNAPSHOTS), default=None)
+    if newest is None:
         return Study(space, [])  # broken off before Tune had noted anything
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial may well have no result yet
-    trials = ExperimentAnalysis(str(folder / TUNE_FOLDER)).trials or []
+    try:
+        trials = ExperimentAnalysis(str(newest)).trials or []
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{newest} cannot be read: {error}. A driver was killed while it wrote it. Remove that file: the study "
+            "then stands where an earlier driver left it, or starts anew if there was none."
+        ) from error
     return Study(space, [_record(trial, space.epochs) for trial in trials])
 
 
@@ -175,12 +186,16 @@ def open_study(space: Space, results: Path, tracking_uri: str, name: str | None 
 
 
 def note_start(folder: Path, **facts: Any) -> None:
-    """Keep facts about the start of a study for whoever resumes it."""
-    write_yaml(started(folder) | facts, folder / STARTED_FILE)
+    """Keep facts about the start of a study for whoever resumes it; a driver may be killed while it does."""
+    aside = folder / f"{STARTED_FILE}.partial"
+    write_yaml(started(folder) | facts, aside)
+    os.replace(aside, folder / STARTED_FILE)
 
 
 def started(folder: Path) -> dict[str, Any]:
-    """How a study was started: its `id`, its `space`, its `tracking_uri` and, once it ran, its `concurrent_trials`."""
+    """How a study was started: its `id`, its `space`, its `tracking_uri`; and, once it ran, its `concurrent_trials` and
+    the `tags` of its runs in MLflow, as its last driver saw them.
+    """
     return read_yaml(folder / STARTED_FILE) if (folder / STARTED_FILE).exists() else {}
 
 

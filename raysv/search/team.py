@@ -25,8 +25,10 @@ from raysv.search.desk import Desk, Result, Task, WorkersError
 from raysv.search.results import TIME
 from raysv.search.worker import serve
 
-STARTS = 20  # attempts to bring a team together; one that waits for a node takes a minute
+STARTS = 20  # attempts to bring a team together; one that only waits for room takes a quarter of an hour
 TRAIN_SETTINGS = {
+    # times STARTS, five hours: others may train in that room, or a node be replaced; one lost for good shows overnight
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # while a node drains, it tells of one death again and again

@@ -23,7 +23,7 @@ from raysv.search.progress import Decoding, Progress
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC
 from raysv.search.space import Space
-from raysv.search.stopping import JournaledASHA
+from raysv.search.stopping import JournaledASHA, read_journal
 from raysv.search.study import SPACE_FILE, TUNE_FOLDER, Study, note_start, read_study, started
 from raysv.search.tracking import MLflowTracking
 from raysv.search.trial import Job, run_trial
@@ -69,23 +69,27 @@ def run_study(
         tracking_uri: MLflow's store or server.
         tests: whether trials end with the test lists, as a single run does and a search must not.
 
-    Raises: ValueError when the cluster has no room for a trial.
+    Raises: ValueError when the cluster has no room for a trial, or a study cannot go on as it was left.
     """
     os.environ.update(TUNE_SETTINGS)
     resume = resume and bool(read_study(folder).trials)  # broken off before its first trial, it starts anew
     _note_data(folder, corpus, resume)
+    if resume:
+        _check_records(folder)
     place = cluster.connect()
     try:
         allotment = _allot(space, folder, resume)
         print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
-        job = Job(space, allotment.gpus_per_worker, str(folder / TRIALS_FOLDER), _checked(space, corpus), tests)
+        _note_tags(folder, _provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)})
+        kept, checked = str(folder / TRIALS_FOLDER), _checked(space, corpus)
+        job = Job(space, allotment.gpus_per_worker, kept, checked, tests, allotment.room)
         trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
         if resume:
             tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
         else:
             for remains in (OPTUNA_FILE, ASHA_FILE):  # of a driver that was killed before its first trial
                 (folder / remains).unlink(missing_ok=True)
-            tuner = _tuner(trainable, space, folder, allotment, corpus, tracking_uri)
+            tuner = _tuner(trainable, space, folder, allotment, tracking_uri)
         tuner.fit()
     finally:
         ray.shutdown()
@@ -103,6 +107,25 @@ def _note_data(folder: Path, corpus: Corpus, resume: bool) -> None:
             f"hash {corpus.digest} now, {before} then). Bring those back, or start a new study."
         )
     note_start(folder, data_hash=corpus.digest)
+
+
+def _check_records(folder: Path) -> None:
+    """Refuse to go on without the records of the search: Tune would swallow what is wrong and fail with less to say."""
+    if not (folder / OPTUNA_FILE).is_file():
+        raise ValueError(
+            f"No file {folder / OPTUNA_FILE}, in which Optuna keeps what the study has tried. Bring it back, or start "
+            "a new study."
+        )
+    read_journal(folder / ASHA_FILE)
+
+
+def _note_tags(folder: Path, tags: dict[str, str]) -> None:
+    """Keep what this driver's trials follow from, and say so where an earlier driver ran other code."""
+    now = tags["raysv.git"]
+    before = started(folder).get("tags", {}).get("raysv.git", now)
+    if before != now:
+        print(f"Code     {now} from now on; so far the study ran {before}. MLflow's tags follow.", flush=True)
+    note_start(folder, tags=tags)
 
 
 def _checked(space: Space, corpus: Corpus) -> dict[str, str]:
@@ -125,7 +148,7 @@ def _allot(space: Space, folder: Path, resume: bool) -> cluster.Allotment:
 
 
 def _tuner(
-    trainable: Any, space: Space, folder: Path, allotment: cluster.Allotment, corpus: Corpus, tracking_uri: str
+    trainable: Any, space: Space, folder: Path, allotment: cluster.Allotment, tracking_uri: str
 ) -> ray.tune.Tuner:
     search = space.search
     proposals = OptunaProposals(
@@ -160,7 +183,7 @@ def _tuner(
             storage_path=str(folder),
             failure_config=ray.tune.FailureConfig(max_failures=1),
             callbacks=[
-                _tracking(space, folder, allotment, corpus, tracking_uri),
+                _tracking(space, folder, tracking_uri),
                 Progress(search.trials, space.epochs, folder / TRIALS_FOLDER, single=search.trials == 1),
             ],
             verbose=0,
@@ -168,9 +191,7 @@ def _tuner(
     )
 
 
-def _tracking(
-    space: Space, folder: Path, allotment: cluster.Allotment, corpus: Corpus, tracking_uri: str
-) -> MLflowTracking:
+def _tracking(space: Space, folder: Path, tracking_uri: str) -> MLflowTracking:
     searched = "\n".join(f"- `{key}`: {span}" for key, span in space.ranges.items()) or "Nothing: a single run."
     count = f"{space.search.trials} trials" if space.search.trials > 1 else "1 trial"
     return MLflowTracking(
@@ -184,7 +205,7 @@ def _tracking(
             searched=list(space.ranges),
             epochs=space.epochs,
             study_id=started(folder).get("id", ""),
-            tags=_provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)},
+            folder=folder,
             resolve=_resolved,
             description=f"{count} of {space.epochs} epochs, searching\n\n{searched}",
         )

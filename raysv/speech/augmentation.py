@@ -167,6 +167,6 @@ def _power(values: Tensor) -> Tensor:
 
 
 def _fft_size(least: int) -> int:
-    """The smallest 2^a·3^b·5^c that is at least as large: sizes that every FFT library is fast at."""
+    """The smallest 2^a·3^b·5^c, b and c at most 3, that is at least as large: every FFT library is fast at these."""
     sizes = (2**a * 3**b * 5**c for a in range(20) for b in range(4) for c in range(4))
     return min(size for size in sizes if size >= least)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchaudio.compliance.kaldi import get_mel_banks
 
 from raysv.config import SAMPLE_RATE
+from raysv.corpus.audio import FULL_SCALE
 
 FRAME_SAMPLES = SAMPLE_RATE * 25 // 1000  # 25 ms
 HOP_SAMPLES = SAMPLE_RATE * 10 // 1000  # 10 ms
@@ -17,7 +18,7 @@ MELS = 80
 PREEMPHASIS = 0.97
 LOWEST_HZ = 20.0
 CPU_ROWS = 4  # waveforms at a time on a CPU: what stays in its cache is twice as fast
-INT16_SCALE = 2.0**15  # Kaldi's samples are 16-bit integers, ours lie in [-1, 1)
+MEL_BLOCK = 16  # mels at a time: neighbours weigh few of the frequencies, all 80 together mostly by zero
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -40,10 +41,13 @@ class Fbank(nn.Module):
         super().__init__()
         nyquist = SAMPLE_RATE / 2
         banks, _ = get_mel_banks(mels, FFT_SIZE, SAMPLE_RATE, LOWEST_HZ, nyquist, 100.0, -500.0, 1.0)
-        window = torch.hamming_window(FRAME_SAMPLES, periodic=False) * INT16_SCALE
+        # Kaldi's samples are 16-bit integers, ours lie in [-1, 1)
+        window = torch.hamming_window(FRAME_SAMPLES, periodic=False) * FULL_SCALE
         self.register_buffer("window", window, persistent=False)
-        banks = nn.functional.pad(banks, (0, 1)).T.contiguous()  # Nyquist weighs nothing
+        banks = nn.functional.pad(banks, (0, 1)).T  # Nyquist weighs nothing
+        banks = banks.repeat_interleave(2, dim=0)  # the squares of real and imaginary parts weigh alike
         self.register_buffer("mel_banks", banks, persistent=False)
+        self._blocks = [_weighed(banks, slice(low, low + MEL_BLOCK)) for low in range(0, mels, MEL_BLOCK)]
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Features `(..., mels, frames)`, always float32, of waveforms `(..., samples)` in [-1, 1) at 16 kHz.
@@ -62,24 +66,32 @@ class Fbank(nn.Module):
 
     def _log_mel(self, waveforms: Tensor) -> Tensor:
         with torch.autocast(waveforms.device.type, enabled=False):
-            spectrum = torch.fft.rfft(self._frames(waveforms.float()))
-            power = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
-            mel = power @ self.mel_banks
-            return mel.clamp(min=torch.finfo(torch.float32).eps).log().mT
+            mel = self.mel_energies(self._frames(waveforms.float()))
+            return mel.clamp_(min=torch.finfo(torch.float32).eps).log_().mT
+
+    def mel_energies(self, frames: Tensor) -> Tensor:
+        """The energy `(..., mels)` in each mel band of windowed frames `(..., FFT_SIZE)`."""
+        squares = torch.view_as_real(torch.fft.rfft(frames)).flatten(-2).square_()
+        return torch.cat([squares[..., bins] @ self.mel_banks[bins, mels] for bins, mels in self._blocks], dim=-1)
 
     def _frames(self, waveforms: Tensor) -> Tensor:
         """Frames `(..., frames, FFT_SIZE)` less their mean, pre-emphasised, windowed, with zeros behind."""
         unfolded = waveforms.unfold(-1, FRAME_SAMPLES, HOP_SAMPLES)
-        centred = unfolded - unfolded.mean(-1, keepdim=True)
         frames = waveforms.new_empty((*unfolded.shape[:-1], FFT_SIZE))
         frames[..., FRAME_SAMPLES:] = 0
         whole = frames[..., :FRAME_SAMPLES]
-        whole.copy_(centred)
-        before = centred.mul_(PREEMPHASIS)  # `sub_(alpha=)` would round once less than Kaldi's reference
+        whole.copy_(unfolded).sub_(unfolded.mean(-1, keepdim=True))
+        before = whole * PREEMPHASIS  # `sub_(alpha=)` would round once less than Kaldi's reference
         whole[..., 1:].sub_(before[..., :-1])
         whole[..., :1].sub_(before[..., :1])  # a frame's first sample has itself before it
         whole.mul_(self.window)
         return frames
+
+
+def _weighed(banks: Tensor, mels: slice) -> tuple[slice, slice]:
+    """The rows in which any of these columns weighs something, and the columns."""
+    rows = banks[:, mels].any(1).nonzero()
+    return slice(int(rows.min()), int(rows.max()) + 1), mels
 
 
 def frame_padding(lengths: Tensor, frames: int) -> Tensor:
@@ -119,11 +131,13 @@ class BandMasks(NamedTuple):
 def mask_bands(fbank: Tensor, masks: BandMasks) -> Tensor:
     """SpecAugment: features `(n, mels, frames)` with a band of frames and a band of mels set to 0, their mean.
 
+    Features must be finite, as those of finite waveforms are: masking multiplies.
+
     Source: Park et al. 2019, arXiv 1904.08779, with one mask of each kind and no time warping.
     """
     time_start, time_width, mel_start, mel_width = (values[:, None] for values in masks)
     frame = torch.arange(fbank.shape[-1], device=fbank.device)
     mel = torch.arange(fbank.shape[-2], device=fbank.device)
-    in_time = (frame >= time_start) & (frame < time_start + time_width)
-    in_mel = (mel >= mel_start) & (mel < mel_start + mel_width)
-    return fbank.masked_fill(in_time[:, None, :] | in_mel[:, :, None], 0)
+    keep_time = (frame < time_start) | (frame >= time_start + time_width)
+    keep_mel = (mel < mel_start) | (mel >= mel_start + mel_width)
+    return (fbank * keep_time[:, None, :]).mul_(keep_mel[:, :, None])

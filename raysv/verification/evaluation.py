@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raysv.config import SAMPLE_RATE
-from raysv.corpus.audio import FULL_SCALE
+from raysv.corpus.audio import floating
 from raysv.corpus.sets import PairSet
 from raysv.corpus.store import WaveformStore, open_store
 from raysv.corpus.utterances import Utterance
@@ -91,6 +91,7 @@ def evaluate(
 
     Args:
         cohort: `(speakers, dim)`, to normalise the cosines by AS-Norm with the `top_n` closest of them; None: cosines.
+        top_n: all of them where there are fewer; the normalisation is then not adaptive.
         mean: `(dim,)` of a population that the embeddings are centred on; the cohort must have been centred on it too.
         generator: the randomness of the EER's interval; None: no interval.
 
@@ -155,4 +156,4 @@ def speaker_means(embeddings: Tensor, utterances: Sequence[Utterance]) -> Tensor
 
 
 def _embed(encoder: SpeakerEncoder, store: WaveformStore, recordings: npt.NDArray[np.int64]) -> Tensor:
-    return encoder.embed([torch.from_numpy(store[index].astype(np.float32)) / FULL_SCALE for index in recordings])
+    return encoder.embed([torch.from_numpy(floating(store[index])) for index in recordings])
