@@ -294,9 +294,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def write_yaml(tree: dict[str, Any], path: Path, header: str = "") -> None:
     """Write a tree as YAML, below a comment."""
+    path.write_text(dump_yaml(tree, header), encoding="utf-8")
+
+
+def dump_yaml(tree: dict[str, Any], header: str = "") -> str:
+    """A tree as the text of a YAML file that `read_yaml` reads as it was, below a comment."""
     lines = "".join(f"# {line}\n" for line in header.splitlines())
-    text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    path.write_text(lines + text, encoding="utf-8")
+    return lines + str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 class _Loader(yaml.SafeLoader):

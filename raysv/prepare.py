@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from raysv.config import dump_yaml
 from raysv.corpus import layouts
 from raysv.corpus.synthetic import write_corpus
 from raysv.corpus.utterances import Utterance, read_pairs, read_utterances
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"raysv.prepare: {error}", file=sys.stderr)
         return 2
-    print(f"\nFor a search space or a config:\n\n{yaml.safe_dump({'data': data}, sort_keys=False, allow_unicode=True)}")
+    print(f"\nFor a search space or a config:\n\n{dump_yaml({'data': data})}")
     return 0
 
 

@@ -12,6 +12,8 @@ from raysv.search import cluster
 from raysv.search.cluster import Allotment, allot
 from raysv.search.space import ResourcesConfig
 
+HEAD = "node:10.0.0.1"
+
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -19,6 +21,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def consist_of(*resources: dict[str, float]) -> None:
         there = [{"Alive": True, "Resources": node} for node in resources]
+        there[0]["Resources"] = {cluster.HEAD: 1.0, HEAD: 1.0} | there[0]["Resources"]
         gone = {"Alive": False, "Resources": {"CPU": 1000.0, "GPU": 1000.0}}
         monkeypatch.setattr(cluster.ray, "nodes", lambda: [gone, *there])
 
@@ -28,16 +31,20 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("there", "resources", "expected"),
     [
-        ([{"CPU": 4.0}], ResourcesConfig(), Allotment(0.0, 4, 4, "gloo")),
-        ([{"CPU": 4.0}], ResourcesConfig(workers=2), Allotment(0.0, 2, 2, "gloo")),
-        ([{"CPU": 5.0}], ResourcesConfig(workers=2, cpus_per_worker=2), Allotment(0.0, 1, 1, "gloo")),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(), Allotment(1.0, 4, 4, "nccl")),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.0), Allotment(0.0, 16, 16, "gloo")),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(workers=4, cpus_per_worker=4), Allotment(1.0, 1, 1, "nccl")),
-        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 10, 10, "nccl")),
-        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 3, 3, "nccl")),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 12, 12, "nccl")),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 16, 16, "nccl")),
+        ([{"CPU": 4.0}], ResourcesConfig(), Allotment(0.0, 4, 4, "gloo", HEAD)),
+        ([{"CPU": 4.0}], ResourcesConfig(workers=2), Allotment(0.0, 2, 2, "gloo", HEAD)),
+        ([{"CPU": 5.0}], ResourcesConfig(workers=2, cpus_per_worker=2), Allotment(0.0, 1, 1, "gloo", HEAD)),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(), Allotment(1.0, 4, 4, "nccl", HEAD)),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.0), Allotment(0.0, 16, 16, "gloo", HEAD)),
+        (
+            [{"CPU": 16.0, "GPU": 4.0}],
+            ResourcesConfig(workers=4, cpus_per_worker=4),
+            Allotment(1.0, 1, 1, "nccl", HEAD),
+        ),
+        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 10, 10, "nccl", HEAD)),
+        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 3, 3, "nccl", HEAD)),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 12, 12, "nccl", HEAD)),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 16, 16, "nccl", HEAD)),
     ],
 )
 def test_as_many_trials_run_at_a_time_as_have_room(
@@ -62,7 +69,7 @@ def test_gpus_without_cpus_beside_them_are_of_no_use(nodes: Any) -> None:
 
 def test_no_more_trials_run_at_a_time_than_asked_for(nodes: Any) -> None:
     nodes({"CPU": 64.0})
-    assert allot(ResourcesConfig(), most_trials=3) == Allotment(0.0, 3, 64, "gloo")
+    assert allot(ResourcesConfig(), most_trials=3) == Allotment(0.0, 3, 64, "gloo", HEAD)
 
 
 def test_a_trial_that_fits_nowhere_is_an_error_that_says_what_there_is(nodes: Any) -> None:
@@ -74,10 +81,10 @@ def test_a_trial_that_fits_nowhere_is_an_error_that_says_what_there_is(nodes: An
 
 
 def test_an_allotment_is_described_in_words() -> None:
-    assert Allotment(0.0, 1, 1, "gloo").describe(ResourcesConfig()) == (
+    assert Allotment(0.0, 1, 1, "gloo", HEAD).describe(ResourcesConfig()) == (
         "1 trial at a time, 1 worker a trial with 1 CPU and no GPU each (gloo)"
     )
-    assert Allotment(1.0, 3, 3, "nccl").describe(ResourcesConfig(workers=2, cpus_per_worker=8)) == (
+    assert Allotment(1.0, 3, 3, "nccl", HEAD).describe(ResourcesConfig(workers=2, cpus_per_worker=8)) == (
         "3 trials at a time, 2 workers a trial with 8 CPU and 1 GPU each (nccl)"
     )
 

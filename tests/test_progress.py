@@ -63,7 +63,7 @@ def test_a_trial_tells_what_it_tries_how_it_fares_and_how_it_ended(capsys: pytes
     ]
 
 
-def test_the_best_so_far_may_be_another_trial(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lowest_so_far_may_be_of_another_trial(capsys: pytest.CaptureFixture[str]) -> None:
     callback = progress_of(trials=2, epochs=EPOCHS)
     report(callback, trial(0), 1, 0.2)
     report(callback, trial(1), 1, 0.3)

@@ -187,13 +187,25 @@ def test_a_trial_that_only_the_search_knew_before_a_kill_is_forgotten_and_its_po
     search.suggest("ghost")
     search.save(str(tmp_path / "snapshot"))
     for name, trials in (("1", ["known", "ghost"]), ("2", ["known"])):  # of two drivers; the newest counts
-        trial_data = [[json.dumps({"trial_id": trial}), "{}"] for trial in trials]
+        trial_data = [[json.dumps({"trial_id": trial, "status": "RUNNING"}), "{}"] for trial in trials]
         (tmp_path / f"experiment_state-{name}.json").write_text(json.dumps({"trial_data": trial_data}))
 
     search = killed_and_restored(search, storage, tmp_path / "snapshot")
     assert [trial.state for trial in stored(storage)] == [TrialState.RUNNING, TrialState.FAIL, TrialState.WAITING]
     assert search.suggest("a") == {"loss.margin": 0.3, "loss.scale": 30.0}
     assert search.suggest("b") is None
+
+
+def test_a_trial_that_ended_in_tune_after_the_search_was_saved_leaves_its_place(storage: str, tmp_path: Path) -> None:
+    search = proposals(storage)
+    assert search.set_max_concurrency(1)
+    search.suggest("a")
+    search.save(str(tmp_path / "snapshot"))
+    trial_data = [[json.dumps({"trial_id": "a", "status": "TERMINATED"}), "{}"]]
+    (tmp_path / "experiment_state-1.json").write_text(json.dumps({"trial_data": trial_data}))
+    search = killed_and_restored(search, storage, tmp_path / "snapshot")
+    assert search.set_max_concurrency(1)
+    assert search.suggest("b") is not None
 
 
 @pytest.mark.parametrize("retry", ["a", "newer than the snapshot"])

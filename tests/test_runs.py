@@ -154,6 +154,41 @@ def test_of_equally_good_checkpoints_the_first_is_the_best_as_it_is_the_one_that
     assert Path(runs(tracking_uri)[0].info.artifact_uri, "best_checkpoint/encoder.pt").read_text() == "0.1"
 
 
+def test_what_ends_on_an_equal_of_its_best_hands_over_the_first(tracking_uri: str, tmp_path: Path) -> None:
+    callback, subject = new_driver(tracking_uri), trial()
+    tell(callback, "on_trial_start", subject)
+    for epoch, eers in enumerate(([0.1], [0.1, 0.2], [0.1, 0.2, 0.1]), 1):
+        report(callback, subject, epoch, eers[-1], checkpoint_path=write_checkpoint(tmp_path / str(epoch), eers))
+    tell(callback, "on_trial_complete", subject)
+    (run,) = runs(tracking_uri)
+    assert run.data.tags["raysv.checkpoint"] == str(tmp_path / "1")
+    history = Path(run.info.artifact_uri, "best_checkpoint/metrics.jsonl").read_text()
+    assert len(history.splitlines()) == 1
+
+
+def test_a_lost_reply_does_not_leave_the_best_checkpoint_behind(
+    tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback, subject = new_driver(tracking_uri), trial()
+    tell(callback, "on_trial_start", subject)
+    write, eers = MlflowClient.log_batch, [0.3, 0.2, 0.25, 0.1, 0.4]
+    for epoch in range(1, 6):
+        made = Path(write_checkpoint(tmp_path / "made", eers[:epoch]))
+        folder = keep_checkpoint(made, tmp_path / "kept")
+        shutil.rmtree(made)
+        with monkeypatch.context() as outage:
+
+            def write_and_lose_the_reply(*args: Any, **metrics: Any) -> None:
+                write(*args, **metrics)
+                raise ConnectionError("no answer")
+
+            if epoch == 4:
+                outage.setattr(MlflowClient, "log_batch", write_and_lose_the_reply)
+            report(callback, subject, epoch, eers[epoch - 1], checkpoint_path=str(folder))
+    callback.on_experiment_end([subject])
+    assert runs(tracking_uri)[0].data.tags["raysv.checkpoint"] == str(tmp_path / "kept" / "epoch-0004")
+
+
 def test_the_study_counts_outcomes_and_names_the_best(tracking_uri: str) -> None:
     callback = new_driver(tracking_uri)
     run_trial(callback, trial(0, **{"loss.margin": 0.1}), [0.4, 0.3, 0.3])

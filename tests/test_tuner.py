@@ -76,7 +76,7 @@ def cluster_has_room_for(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Says how many trials the cluster has room for."""
 
     def allot(resources: ResourcesConfig, most_trials: int, room: int) -> Allotment:
-        return Allotment(0.0, min(room, most_trials), room, "gloo")
+        return Allotment(0.0, min(room, most_trials), room, "gloo", "node:10.0.0.1")
 
     return lambda room: monkeypatch.setattr(cluster, "allot", functools.partial(allot, room=room))
 

@@ -23,17 +23,24 @@ LOCAL_SETTINGS = {  # of the processes of a private cluster
     "RAY_worker_maximum_startup_concurrency": "16",  # a trial has many helpers; Ray warns of each dozen
     **MALLOC_SETTINGS,
 }
+HEAD = "node:__internal_head__"  # Ray's own name for the head node, which its helpers take their share of
 LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; nothing large goes through it, audio is memory-mapped
 
 
 @dataclass(frozen=True)
 class Allotment:
-    """What each trial gets, how many of them run at a time, and how many the whole cluster has room for."""
+    """What each trial gets, and how many of them run at a time.
+
+    Attributes:
+        room: how many the whole cluster has room for.
+        head: what Ray calls the head node itself, as a resource of which there is 1.
+    """
 
     gpus_per_worker: float
     concurrent_trials: int
     room: int
     backend: str
+    head: str
 
     def describe(self, resources: ResourcesConfig) -> str:
         """In words, for the terminal and for MLflow."""
@@ -132,7 +139,8 @@ def allot(resources: ResourcesConfig, most_trials: int) -> Allotment:
             "resources.cpus_per_worker or resources.gpus_per_worker, or join a larger cluster."
         )
     room = places // resources.workers
-    return Allotment(per_worker, min(room, most_trials), room, "nccl" if per_worker else "gloo")
+    named = (kind for node in nodes if HEAD in node for kind in node if kind.startswith("node:") and kind != HEAD)
+    return Allotment(per_worker, min(room, most_trials), room, "nccl" if per_worker else "gloo", next(named, HEAD))
 
 
 def _workers_on(node: dict[str, float], needs: dict[str, float]) -> int:

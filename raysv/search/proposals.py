@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from ray.tune.experiment import Trial
 from ray.tune.search.optuna import OptunaSearch
 
 from raysv.search.results import METRIC, TIME, outcome
@@ -122,8 +123,9 @@ class OptunaProposals(OptunaSearch):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         super().restore(checkpoint_path)
         if (in_tune := _trials_in_tune(Path(checkpoint_path).parent)) is not None:
-            self._live &= in_tune
-            for forgotten in self._ot_trials.keys() - in_tune:
+            # either file may be the older one
+            self._live &= {name for name, status in in_tune.items() if status not in (Trial.TERMINATED, Trial.ERROR)}
+            for forgotten in self._ot_trials.keys() - in_tune.keys():
                 del self._ot_trials[forgotten]
         remembered = {trial.number for trial in self._ot_trials.values()}
         for trial in self._known():
@@ -164,12 +166,13 @@ def _tpe(dimensions: int, seed: int | None) -> TPESampler:
     return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)
 
 
-def _trials_in_tune(folder: Path) -> set[str] | None:
-    """The ids of the trials in Tune's newest snapshot in a folder; none where there is no snapshot."""
+def _trials_in_tune(folder: Path) -> dict[str, str] | None:
+    """The ids of the trials in Tune's newest snapshot in a folder and how they stand; none without a snapshot."""
     newest = max(folder.glob(TUNE_SNAPSHOTS), default=None)
     if newest is None:
         return None
-    return {json.loads(trial)["trial_id"] for trial, _ in json.loads(newest.read_text(encoding="utf-8"))["trial_data"]}
+    trials = (json.loads(trial) for trial, _ in json.loads(newest.read_text(encoding="utf-8"))["trial_data"])
+    return {trial["trial_id"]: trial["status"] for trial in trials}
 
 
 def _patience(storage: str) -> dict[str, Any]:

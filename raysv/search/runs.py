@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from raysv.config import flatten, with_values
+from raysv.config import dump_yaml, flatten, with_values
 from raysv.learning.checkpoint import TRAINING_STATE
 from raysv.search.cards import StudyCard, TrialCard
 from raysv.search.figures import det_figure, read_det
 from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
-from raysv.search.results import METRIC, metrics_by_epoch
+from raysv.search.results import METRIC, TIME, metrics_by_epoch
 from raysv.search.study import SPACE_FILE, started
 from raysv.search.wording import markdown, show_value
 
@@ -36,14 +35,14 @@ class _Known:
     """What MLflow is known to hold of a trial.
 
     Attributes:
-        steps: epochs with metrics.
-        checkpoints: EER by folder.
+        curve: EER by epoch.
+        checkpoints: EER and folder of each that was told of.
     """
 
     run_id: str
     params: set[str]
-    steps: set[int] = field(default_factory=set)
-    checkpoints: dict[str, float] = field(default_factory=dict)
+    curve: dict[int, float] = field(default_factory=dict)
+    checkpoints: list[tuple[float, str]] = field(default_factory=list)
 
 
 class StudyRuns:
@@ -85,38 +84,38 @@ class StudyRuns:
         params = [Param(key, show_value(values[key], PARAM_DIGITS)) for key in values if key not in known.params]
         for first in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(known.run_id, params=params[first : first + MOST_PARAMS])
-        text = yaml.safe_dump(tree | {"resources": self._card.resources}, sort_keys=False, allow_unicode=True)
-        self._client.log_text(
-            known.run_id, f"# {card.name} ({card.trial_id}) of {self._card.name}\n{text}", CONFIG_FILE
-        )
+        header = f"{card.name} ({card.trial_id}) of {self._card.name}"
+        self._client.log_text(known.run_id, dump_yaml(tree | {"resources": self._card.resources}, header), CONFIG_FILE)
         self._client.log_batch(known.run_id, tags=_run_tags(self._tags | {OUTCOME: "running", ERROR: ""}))
         self._client.update_run(known.run_id, status="RUNNING")
 
     def add_result(self, card: TrialCard, result: Mapping[str, Any]) -> None:
         """The metrics of an epoch, and of epochs before it that were trained while no driver listened."""
         known, epochs, now = self._known(card), metrics_by_epoch(result), int(1000 * time.time())
-        for step in sorted(epochs.keys() - known.steps):
+        for step in sorted(epochs.keys() - known.curve.keys()):
             metrics = [Metric(key, value, now, step) for key, value in epochs[step].items()]
             try:
                 self._client.log_batch(known.run_id, metrics=metrics)
             except Exception:
                 del self._trials[card.trial_id]  # only the reply may be lost: look it up before trying again
                 raise
-            known.steps.add(step)
+            known.curve[step] = epochs[step].get(METRIC, math.inf)
         folder = str(result.get("checkpoint_path") or "")
         if folder and METRIC in result:
-            if result[METRIC] < min(known.checkpoints.values(), default=math.inf):  # of equals, the first is kept
+            before = (eer for step, eer in known.curve.items() if step < result[TIME])
+            if result[METRIC] < min(before, default=math.inf):  # of equals the first is best, as for `keep_checkpoint`
                 self._client.set_tag(known.run_id, CHECKPOINT, folder)
-            known.checkpoints[folder] = float(result[METRIC])
+            known.checkpoints.append((float(result[METRIC]), folder))
 
     def finish(self, card: TrialCard, end: str, reason: str, report: Path | None = None) -> None:
         """The end of a trial: outcome, best checkpoint, DET curve, and the report of an error."""
         known = self._known(card)
         if report and report.is_file():
             self._client.log_artifact(known.run_id, str(report))
-        folders = {eer: Path(folder) for folder, eer in known.checkpoints.items() if Path(folder).is_dir()}
-        if folders:
-            self._upload(known.run_id, folders[min(folders)], card.name)
+        there = [(eer, Path(folder)) for eer, folder in known.checkpoints if Path(folder).is_dir()]
+        if there:
+            _, best = min(there, key=lambda checkpoint: checkpoint[0])
+            self._upload(known.run_id, best, card.name)
         self._client.log_batch(known.run_id, tags=_run_tags({OUTCOME: end, ERROR: reason[:5000]}))
         self._client.set_terminated(known.run_id, STATUS[end])
 
@@ -173,8 +172,8 @@ class StudyRuns:
             self._trials[card.trial_id] = _Known(
                 run.info.run_id,
                 params=set(run.data.params),
-                steps={point.step for point in curve},
-                checkpoints={best: min(point.value for point in curve)} if best and curve else {},
+                curve={point.step: point.value for point in curve},
+                checkpoints=[(min(point.value for point in curve), best)] if best and curve else [],
             )
         return self._trials[card.trial_id]
 

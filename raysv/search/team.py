@@ -25,9 +25,9 @@ from raysv.search.desk import Desk, Result, Task, WorkersError
 from raysv.search.results import TIME
 from raysv.search.worker import serve
 
-STARTS = 20  # attempts to bring a team together; one that only waits for room takes a quarter of an hour
+STARTS = 10  # attempts to bring a team together; one that only waits for room takes a quarter of an hour
 TRAIN_SETTINGS = {
-    # times STARTS, five hours: others may train in that room, or a node be replaced; one lost for good shows overnight
+    # for some hours, and then once more by Tune: others may train in that room, or a node be replaced meanwhile
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice

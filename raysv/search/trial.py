@@ -16,9 +16,7 @@ from raysv.search.space import Space
 # Of Tune: how long a stopped trial has to leave its process to the next one; if it has not by then, that one fails.
 LEAVE_VARIABLE, LEAVE_SECONDS = "TUNE_FUNCTION_THREAD_TIMEOUT_S", 600
 
-# Of the head node, in ten-thousandths, the finest that Ray counts in: what there is for the trials of teams, after the
-# one helper that Ray Train keeps for all of them; and what it takes for a helper of each team.
-HEAD_NODE, TRAIN_HELPER = 9990, 10
+FINEST = 10_000  # parts of a resource that Ray counts in
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Job:
         storage: folder for the trials' checkpoints, reachable from every node.
         checked: the digests of the corpus that the study was started with, see `fit`.
         tests: whether a trial ends with the test lists; a search's must not.
-        room: trials that the whole cluster has room for.
+        room, head: see `Allotment`.
     """
 
     space: Space
@@ -39,6 +37,7 @@ class Job:
     checked: dict[str, str]
     tests: bool = False
     room: int = 1
+    head: str = "node:__internal_head__"
 
     @property
     def worker_resources(self) -> dict[str, float]:
@@ -53,10 +52,11 @@ class Job:
         A lone worker is that process. Several have processes of their own, and the trial's only waits for them: it
         takes none of the CPUs they need, and lives on the head node. Of that it takes its share, so that Ray starts no
         more trials than have room for their workers, whoever asks: those that a resumed study repeats come all at once.
+        (In a cluster with room for more than a hundred teams Ray may start some too many, which then wait.)
         """
         if self.space.resources.workers == 1:
             return self.worker_resources
-        return {"node:__internal_head__": max(HEAD_NODE // self.room - TRAIN_HELPER, 1) / 10_000}
+        return {self.head: max(FINEST // self.room, 1) / FINEST}
 
 
 def run_trial(values: dict[str, Any], job: Job) -> None:
