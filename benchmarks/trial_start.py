@@ -91,10 +91,9 @@ def starts(space: Space, checked: dict[str, str], trials: int, stock: bool) -> l
     """Seconds from the end of one trial to the first result of the next, or from the start of Tune for the first."""
     with tempfile.TemporaryDirectory(prefix="raysv-start-") as folder:
         cluster.connect()
-        job = Job(space, 0.0, str(Path(folder, "trials")), checked)
-        function, resources = (
-            (stock_trial, {"node:__internal_head__": 0.01}) if stock else (run_trial, job.trial_resources)
-        )
+        allotment = cluster.allot(space.resources, 1)
+        job = Job(space, 0.0, str(Path(folder, "trials")), checked, allotment.room, allotment.head)
+        function, resources = (stock_trial, {cluster.HEAD: 0.01}) if stock else (run_trial, job.trial_resources)
         trainable = ray.tune.with_resources(ray.tune.with_parameters(function, job=job), resources)
         watch = Stopwatch()
         tuner = ray.tune.Tuner(

@@ -30,9 +30,7 @@ def trial(number: int, error_file: str | None = None, **values: Any) -> Any:
 
 
 def progress_of(trials: int, epochs: int, *, kept: Path = Path("nowhere"), single: bool = False) -> Progress:
-    callback = Progress(trials, epochs, kept, single)
-    callback.setup()
-    return callback
+    return Progress(trials, epochs, kept, single)
 
 
 def tell(callback: Progress, hook: str, subject: Any, **info: Any) -> None:

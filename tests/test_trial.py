@@ -32,4 +32,6 @@ def test_as_many_trials_of_teams_start_as_have_room_and_not_one_more(room: int) 
 
 def test_a_trial_of_a_cluster_without_end_still_takes_something_of_the_head_node() -> None:
     space = space_from_dict({"resources": {"workers": 2}}, "small")
-    assert list(Job(space, 0.0, "/storage", {}, room=100_000).trial_resources.values()) == [0.0001]
+    assert list(Job(space, 0.0, "/storage", {}, room=100_000, head="node:10.0.0.1").trial_resources.values()) == [
+        0.0001
+    ]

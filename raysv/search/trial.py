@@ -27,17 +27,17 @@ class Job:
         gpus_per_worker: settled from what the cluster has.
         storage: folder for the trials' checkpoints, reachable from every node.
         checked: the digests of the corpus that the study was started with, see `fit`.
-        tests: whether a trial ends with the test lists; a search's must not.
         room, head: see `Allotment`.
+        tests: whether a trial ends with the test lists; a search's must not.
     """
 
     space: Space
     gpus_per_worker: float
     storage: str
     checked: dict[str, str]
+    room: int
+    head: str
     tests: bool = False
-    room: int = 1
-    head: str = "node:__internal_head__"
 
     @property
     def worker_resources(self) -> dict[str, float]:

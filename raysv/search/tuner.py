@@ -82,7 +82,7 @@ def run_study(
         print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
         _note_tags(folder, _provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)})
         kept, checked = str(folder / TRIALS_FOLDER), _checked(space, corpus)
-        job = Job(space, allotment.gpus_per_worker, kept, checked, tests, allotment.room, allotment.head)
+        job = Job(space, allotment.gpus_per_worker, kept, checked, allotment.room, allotment.head, tests)
         trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
         if resume:
             tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
