@@ -118,7 +118,9 @@ def test_a_private_cluster_is_found_by_all_its_processes_although_there_is_anoth
         return [node.node_id for node in list_nodes(timeout=30)]
 
     environment["RAY_ADDRESS"] = "local"
-    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # not Ray's own, which any other Ray of this machine may have
+    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "dashboard_port": port})
     try:
         assert cluster.connect() == "this machine alone"
         (own,) = [node["NodeID"] for node in ray.nodes()]
