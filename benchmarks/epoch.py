@@ -44,7 +44,8 @@ from peers import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from raysv.learning.training import compute_dtype, fit
+from raysv.learning.training import fit
+from raysv.precision import compute_dtype
 
 CROPS = 64  # in a batch
 CHANNELS = 512

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raysv.precision import exact
+
 T = TypeVar("T")
 
 
@@ -141,10 +143,10 @@ class _Normalise(torch.autograd.Function):
         context: Any, values: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         axes = [axis for axis in range(values.dim()) if axis != 1]
-        exact = values.float()
+        precise = exact(values)
         count = values.numel() // values.shape[1]
-        local_mean = exact.sum(axes) / max(count, 1)
-        local_squares = (exact - _per_channel(local_mean, exact)).square().sum(axes)
+        local_mean = precise.sum(axes) / max(count, 1)
+        local_squares = (precise - _per_channel(local_mean, precise)).square().sum(axes)
         local = torch.stack([local_mean, local_squares, torch.full_like(local_mean, count)])
         means, squares, counts = _from_everyone(local).unbind(1)
 
@@ -158,15 +160,15 @@ class _Normalise(torch.autograd.Function):
 
         scale = weight * inverse
         shift = bias - mean * scale
-        normalised = torch.addcmul(_per_channel(shift, exact), exact, _per_channel(scale, exact))
+        normalised = torch.addcmul(_per_channel(shift, precise), precise, _per_channel(scale, precise))
         return normalised.to(values.dtype), mean, unbiased_variance
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         values, weight, mean, inverse, total = context.saved_tensors
-        gradient = gradients[0].float()
+        gradient = exact(gradients[0])
         axes = [axis for axis in range(values.dim()) if axis != 1]
-        whitened = (values.float() - _per_channel(mean, values)) * _per_channel(inverse, values)
+        whitened = (exact(values) - _per_channel(mean, values)) * _per_channel(inverse, values)
         for_bias = gradient.sum(axes)
         for_weight = (gradient * whitened).sum(axes)
         sums = torch.stack([for_bias, for_weight])

@@ -80,6 +80,12 @@ def test_a_trial_that_fits_nowhere_is_an_error_that_says_what_there_is(nodes: An
         allot(ResourcesConfig(gpus_per_worker=1.0), 100)
 
 
+def test_a_cluster_that_does_not_tell_its_head_node_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, HEAD: 1.0}}])
+    with pytest.raises(ValueError, match=r"does not tell its head node.*ray start --head"):
+        allot(ResourcesConfig(), 1)
+
+
 def test_an_allotment_is_described_in_words() -> None:
     assert Allotment(0.0, 1, 1, "gloo", HEAD).describe(ResourcesConfig()) == (
         "1 trial at a time, 1 worker a trial with 1 CPU and no GPU each (gloo)"

@@ -14,7 +14,8 @@ import raysv
 from raysv.search.space import read_space
 
 HOUSE = Path(raysv.__file__).parent
-FLOORS = ("config distributed", "corpus", "speech", "verification", "learning", "search")  # above them, the doors
+GROUND = "config distributed precision"
+FLOORS = (GROUND, "corpus", "speech", "verification", "learning", "search")  # above them, the doors
 UPSTAIRS = {"ray", "optuna", "mlflow", "matplotlib"}
 DOORS = ("prepare", "tune", "train", "verify")
 

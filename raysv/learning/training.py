@@ -24,6 +24,7 @@ from raysv.distributed import agree, gather, rank, together, wrap
 from raysv.learning.checkpoint import Standing, describe_checkpoint, load_training_state, save_checkpoint
 from raysv.learning.losses import AAMSupCon, Losses
 from raysv.learning.views import Batch, ViewBatches, loader, make_views
+from raysv.precision import compute_dtype
 from raysv.speech.encoder import SpeakerEncoder
 from raysv.speech.features import BandMasks
 from raysv.verification.evaluation import Evaluation, NotFiniteError, evaluate
@@ -212,17 +213,6 @@ def margin_at(config: Config, epochs: float) -> float:
     """The margin after so many epochs: a straight line from 0 up to its value."""
     warmup = config.loss.margin_warmup_epochs
     return config.loss.margin * (min(1.0, epochs / warmup) if warmup else 1.0)
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What autocast computes in: bfloat16 where asked for, or where `auto` meets hardware that multiplies it."""
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_amx_tile_supported()  # where it is emulated, it is slower
-        precision = "bf16" if fast else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _refuse_other(config: Config, folder: Path) -> None:

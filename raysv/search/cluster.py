@@ -139,8 +139,19 @@ def allot(resources: ResourcesConfig, most_trials: int) -> Allotment:
             "resources.cpus_per_worker or resources.gpus_per_worker, or join a larger cluster."
         )
     room = places // resources.workers
-    named = (kind for node in nodes if HEAD in node for kind in node if kind.startswith("node:") and kind != HEAD)
-    return Allotment(per_worker, min(room, most_trials), room, "nccl" if per_worker else "gloo", next(named, HEAD))
+    backend = "nccl" if per_worker else "gloo"
+    return Allotment(per_worker, min(room, most_trials), room, backend, _head_of(nodes))
+
+
+def _head_of(nodes: list[dict[str, float]]) -> str:
+    """The head node's own name: of the alias, Ray's helpers take their share, and one large trial would starve them."""
+    named = [kind for node in nodes if HEAD in node for kind in node if kind.startswith("node:") and kind != HEAD]
+    if not named:
+        raise ValueError(
+            "The cluster does not tell its head node, on which trials with several workers are placed: no node has the "
+            f"resources {HEAD} and node:ADDRESS. Start the head with ray start --head and join that cluster."
+        )
+    return named[0]
 
 
 def _workers_on(node: dict[str, float], needs: dict[str, float]) -> int:

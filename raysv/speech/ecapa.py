@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysv.distributed import BatchNorm1d
+from raysv.precision import exact
 from raysv.speech.features import frame_padding, mean_over_time
 
 SCALE = 8  # groups of a Res2 convolution
@@ -109,7 +110,7 @@ class AttentiveStatistics(nn.Module):
         self.logits = nn.Conv1d(bottleneck, channels, 1)
 
     def forward(self, values: Tensor, padding: Tensor | None) -> Tensor:
-        """`(n, channels, frames)` to `(n, 2 * channels)` in float32: means, then standard deviations."""
+        """`(n, channels, frames)` to `(n, 2 * channels)`, at least float32: means, then standard deviations."""
         centred, mean, deviation = _Moments.apply(values, padding)
         context = torch.cat([mean, deviation], dim=1)
 
@@ -124,7 +125,7 @@ class AttentiveStatistics(nn.Module):
 
 
 class _Moments(torch.autograd.Function):
-    """Values less their mean over time, the mean, and the standard deviation, in float32.
+    """Values less their mean over time, the mean, and the standard deviation, in float32 or float64.
 
     With the gradient written out, here and below, because autograd's goes through the largest tensors of the network
     twice as often: a tenth of a training step on a CPU.
@@ -132,9 +133,9 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, values: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        exact = values.float()
-        mean = mean_over_time(exact, padding)
-        centred = exact - mean
+        precise = exact(values)
+        mean = mean_over_time(precise, padding)
+        centred = precise - mean
         if padding is not None:
             centred = centred.masked_fill(padding, 0)
         variance = mean_over_time(centred * centred, padding)
@@ -157,11 +158,11 @@ class _Moments(torch.autograd.Function):
 
 
 class _WeightedMoments(torch.autograd.Function):
-    """Mean and standard deviation over time under the weights softmax(logits), in float32."""
+    """Mean and standard deviation over time under the weights softmax(logits), in float32 or float64."""
 
     @staticmethod
     def forward(context: Any, values: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights = (logits.float() - logits.amax(-1, keepdim=True)).exp_()  # not yet of sum 1
+        weights = (exact(logits) - logits.amax(-1, keepdim=True)).exp_()  # not yet of sum 1
         total = weights.sum(-1, keepdim=True)
         weighted = weights * values
         mean = weighted.sum(-1, keepdim=True) / total
