@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 from measure import machine, table
-from peers import Speech, keep_freed_memory, our_config, real_speech, use_wespeaker, wespeaker_dataset
+from peers import Speech, keep_freed_memory, our_config, real_speech, use_wespeaker, versions, wespeaker_dataset
 from torch import Tensor
 
 from raysv.corpus.loading import load_corpus
@@ -153,6 +153,7 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     print(machine())
+    print(versions(arguments.wespeaker))
     with tempfile.TemporaryDirectory(prefix="raysv-data-path-") as name:
         folder = Path(name)
         speech = real_speech(folder)

@@ -39,6 +39,7 @@ from peers import (
     real_speech,
     tableprint_and_torchnet,
     use_wespeaker,
+    versions,
     wespeaker_dataset,
 )
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     print(machine())
+    print(versions(arguments.wespeaker))
     automatic = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="raysv-epoch-") as name:
         folder = Path(name)

@@ -20,8 +20,8 @@ def machine() -> str:
         models = [line for line in described.read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].partition(":")[2].strip() if models else cpu
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    halves = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX512-BF16": torch.cpu._is_avx512_bf16_supported()}
-    bf16 = "".join(f", {name}" for name, there in halves.items() if there)
+    units = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX512-BF16": torch.cpu._is_avx512_bf16_supported()}
+    bf16 = "".join(f", {name}" for name, there in units.items() if there)
     return (
         f"{cpu}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads{bf16}{gpu}; "
         f"Python {platform.python_version()}, torch {torch.__version__}"

@@ -14,8 +14,10 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -33,6 +35,16 @@ def keep_freed_memory() -> None:
     if any(os.environ.get(name) != value for name, value in MALLOC_SETTINGS.items()):
         os.environ.update(MALLOC_SETTINGS)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def versions(checkout: Path | None) -> str:
+    """Of SpeechBrain and of a checkout of wespeaker, in one line."""
+    told = [f"SpeechBrain {version('speechbrain')}"]
+    if checkout:
+        command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        told.append(f"wespeaker {commit or 'of an unknown commit'}")
+    return ", ".join(told)
 
 
 def use_wespeaker(checkout: Path) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from measure import machine, medians, table
-from peers import keep_freed_memory, use_wespeaker
+from peers import keep_freed_memory, use_wespeaker, versions
 from torch import Tensor, nn
 
 from raysv.config import Config, ModelConfig, config_from_dict
@@ -56,6 +56,7 @@ def main() -> None:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         print(machine())
+        print(versions(arguments.wespeaker))
         for channels in arguments.channels:
             _print_steps(channels, arguments.precision, bool(arguments.wespeaker), arguments.repeats)
         for precision in arguments.precision:

@@ -1,15 +1,18 @@
 """From the proposal of a trial to the result of its first epoch, which is two steps of a tiny network.
 
-    python benchmarks/trial_start.py [--workers 1 2] [--trials 4]
+    python benchmarks/trial_start.py [--workers 1 2] [--trials 4] [--rounds 2]
 
-Beside raysv, in the same run: the pattern that Ray documents, a `TorchTrainer` started by each trial, training the same
-with the same loop. Every way has a private Ray of its own; a trial's start is counted once the one before has ended.
+raysv is run as it is: `run_study` with Optuna, MLflow and checkpoints, whose entries and uploads lie between trials.
+Beside it, in turns, the pattern that Ray documents: Tune alone, a `TorchTrainer` started by each trial, training the
+same with the same loop. Every study has a private Ray of its own and one trial at a time.
 The first trial starts processes, later ones find raysv's started. The machine should do nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import statistics
 import tempfile
@@ -20,17 +23,23 @@ from typing import Any
 # a Ray of its own; and Tune in as few words as in a study
 os.environ |= {"RAY_ADDRESS": "local", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 
+import optuna
 import ray
 import ray.tune
 from measure import machine
+from mlflow import MlflowClient
 
 from raysv.config import config_from_dict, config_to_dict
 from raysv.corpus.loading import load_corpus
+from raysv.corpus.sets import Corpus
 from raysv.learning.training import fit
 from raysv.search import cluster
+from raysv.search.mlflow_store import KIND, check, experiment_id, search_runs
 from raysv.search.results import METRIC, TIME
 from raysv.search.space import Space, space_from_dict
-from raysv.search.trial import Job, run_trial
+from raysv.search.study import open_study
+from raysv.search.trial import Job
+from raysv.search.tuner import EXPERIMENT, OPTUNA_FILE, run_study
 
 TREE = {
     "batch": {"speakers": 24, "utterances_per_speaker": 9, "views": 1, "crop_seconds": 0.5},
@@ -46,6 +55,10 @@ class Stopwatch(ray.tune.Callback):
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.start()
+
+    def start(self) -> None:
+        """The first trial may be made from now on."""
         self._since = time.monotonic()
 
     def on_trial_result(
@@ -87,30 +100,40 @@ def stock_trial(values: dict[str, Any], job: Job) -> None:
     ).fit()
 
 
-def starts(space: Space, checked: dict[str, str], trials: int, stock: bool) -> list[float]:
-    """Seconds from the end of one trial to the first result of the next, or from the start of Tune for the first."""
+def ours(space: Space, corpus: Corpus) -> list[float]:
+    """A study through the real tuner, with MLflow, Optuna's storage and checkpoints, told from its own records.
+
+    Returns: seconds from Optuna's proposal of each trial to the result of its first epoch.
+    """
+    with tempfile.TemporaryDirectory(prefix="raysv-start-") as name, contextlib.redirect_stdout(io.StringIO()):
+        uri = f"sqlite:///{name}/mlflow.db"
+        check(uri)  # a new database takes MLflow seconds
+        folder = open_study(space, Path(name), uri, "start")
+        run_study(space, folder, corpus, uri, resume=False)
+        client = MlflowClient(uri)
+        runs = search_runs(client, experiment_id(uri, EXPERIMENT), {KIND: "trial"})
+        runs.sort(key=lambda run: run.info.run_name)
+        heard = [client.get_metric_history(run.info.run_id, METRIC)[0].timestamp / 1000 for run in runs]
+        trials = optuna.load_study(study_name="start", storage=f"sqlite:///{folder / OPTUNA_FILE}").trials
+        asked = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start]
+        return [result - proposal for result, proposal in zip(heard, asked, strict=True)]
+
+
+def stock(space: Space, corpus: Corpus) -> list[float]:
+    """The documented pattern; seconds from the end of each trial, or the start of Tune, to the next first result."""
     with tempfile.TemporaryDirectory(prefix="raysv-start-") as folder:
         cluster.connect()
-        allotment = cluster.allot(space.resources, 1)
-        job = Job(space, 0.0, str(Path(folder, "trials")), checked, allotment.room, allotment.head)
-        function, resources = (stock_trial, {cluster.HEAD: 0.01}) if stock else (run_trial, job.trial_resources)
-        trainable = ray.tune.with_resources(ray.tune.with_parameters(function, job=job), resources)
+        job = Job(space, 0.0, str(Path(folder, "trials")), corpus.digests, room=1, head="")
         watch = Stopwatch()
         tuner = ray.tune.Tuner(
-            trainable,
+            ray.tune.with_resources(ray.tune.with_parameters(stock_trial, job=job), {cluster.HEAD: 0.01}),
             param_space={"loss.margin": ray.tune.uniform(0.0, 0.5)},
             tune_config=ray.tune.TuneConfig(
-                metric=METRIC,
-                mode="min",
-                num_samples=trials,
-                max_concurrent_trials=1,
-                reuse_actors=not stock,
-                trial_name_creator=lambda trial: trial.trial_id,
-                trial_dirname_creator=lambda trial: trial.trial_id,
+                metric=METRIC, mode="min", num_samples=space.search.trials, max_concurrent_trials=1
             ),
             run_config=ray.tune.RunConfig(name="tune", storage_path=folder, callbacks=[watch], verbose=0),
         )
-        watch._since = time.monotonic()
+        watch.start()
         results = tuner.fit()
         ray.shutdown()
         if results.errors:
@@ -119,22 +142,29 @@ def starts(space: Space, checked: dict[str, str], trials: int, stock: bool) -> l
 
 
 def main() -> None:
-    """Print the seconds of the first trial and the median of the later ones."""
+    """Print the median seconds of first trials and of later ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2, help="studies of each way, taking turns")
     chosen = parser.parse_args()
     print(machine())
     for workers in chosen.workers:
-        space = space_from_dict(TREE | {"resources": {"workers": workers, "gpus_per_worker": 0.0}}, "start")
+        search = {"trials": chosen.trials, "early_stopping": "none", "concurrent_trials": 1}
+        tree = TREE | {"search": search, "resources": {"workers": workers, "gpus_per_worker": 0.0}}
+        space = space_from_dict(tree, "start")
         config = space.config({"loss.margin": 0.2})
-        checked = load_corpus(config.data, config.augment).digests
-        print(f"{workers} worker{'s' if workers > 1 else ''}: seconds to the first result")
-        ours, stock = (starts(space, checked, chosen.trials, stock) for stock in (False, True))
-        for name, seconds in (("raysv", ours), ("a TorchTrainer for each trial", stock)):
-            later = statistics.median(seconds[1:])
-            ratio = later / statistics.median(stock[1:])
-            print(f"  {name:30}  first {seconds[0]:6.2f} s   later {later:6.2f} s  {ratio:5.2f} x")
+        corpus = load_corpus(config.data, config.augment)
+        ways = {"raysv": ours, "a TorchTrainer for each trial": stock}
+        seconds: dict[str, list[list[float]]] = {name: [] for name in ways}
+        for _ in range(chosen.rounds):
+            for name, way in ways.items():
+                seconds[name].append(way(space, corpus))
+        print(f"{workers} worker{'s' if workers > 1 else ''}: seconds to the first result, medians")
+        for name, studies in seconds.items():
+            later = [second for study in studies for second in study[1:]]
+            firsts = ", ".join(f"{study[0]:.2f}" for study in studies)
+            print(f"  {name:30}  first trials {firsts} s   {len(later)} later ones {statistics.median(later):6.2f} s")
 
 
 if __name__ == "__main__":

@@ -197,6 +197,18 @@ class Config:
             )
 
 
+def check_shares(batch: BatchConfig, workers: int) -> None:
+    """Refuse a global batch that has not an utterance for each worker.
+
+    Raises: ValueError.
+    """
+    if batch.size < workers:
+        raise ValueError(
+            f"A batch of {batch.size} utterances (batch.speakers × batch.utterances_per_speaker) cannot be shared by "
+            f"{workers} workers: each needs one. Enlarge it or lower resources.workers."
+        )
+
+
 def config_from_dict(tree: dict[str, Any]) -> Config:
     """A checked `Config`; what the tree leaves out takes its default.
 

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from raysv.precision import exact
+from raysv.precision import at_least_float32
 
 T = TypeVar("T")
 
@@ -92,6 +93,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([shares[:longer].flatten(0, 1), shares[longer:, :-1].flatten(0, 1)])
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         summed = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(summed)
@@ -143,7 +145,7 @@ class _Normalise(torch.autograd.Function):
         context: Any, values: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         axes = [axis for axis in range(values.dim()) if axis != 1]
-        precise = exact(values)
+        precise = at_least_float32(values)
         count = values.numel() // values.shape[1]
         local_mean = precise.sum(axes) / max(count, 1)
         local_squares = (precise - _per_channel(local_mean, precise)).square().sum(axes)
@@ -164,11 +166,12 @@ class _Normalise(torch.autograd.Function):
         return normalised.to(values.dtype), mean, unbiased_variance
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         values, weight, mean, inverse, total = context.saved_tensors
-        gradient = exact(gradients[0])
+        gradient = at_least_float32(gradients[0])
         axes = [axis for axis in range(values.dim()) if axis != 1]
-        whitened = (exact(values) - _per_channel(mean, values)) * _per_channel(inverse, values)
+        whitened = (at_least_float32(values) - _per_channel(mean, values)) * _per_channel(inverse, values)
         for_bias = gradient.sum(axes)
         for_weight = (gradient * whitened).sum(axes)
         sums = torch.stack([for_bias, for_weight])

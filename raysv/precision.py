@@ -17,6 +17,16 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def exact(values: Tensor) -> Tensor:
-    """The values in float32, or in float64 where they are that already: for what 8 bits of bfloat16 would spoil."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`, as checkpoints say it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The other way round, of what `compute_dtype` returns."""
+    return {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}[name]
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or in float64 where they are that already: for what the 8 bits of bfloat16 would spoil."""
     return values if values.dtype == torch.float64 else values.float()

@@ -60,7 +60,7 @@ def _tune(chosen: argparse.Namespace) -> int:
         space = load_space(folder)
         uri = started(folder)["tracking_uri"]
         study = read_study(folder)
-        if study.unfinished == 0:
+        if not study.unfinished and not study.broken:
             print(f"Study {folder.name} is complete.")
             study.write(folder)
             return _conclude(study, folder, uri)

@@ -3,10 +3,16 @@
 Plain functions, so that worker processes and fixtures of any scope may call them.
 """
 
+import contextlib
 import csv
+import os
+import sys
 
 import numpy as np
 import soundfile
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 from raysv.config import SAMPLE_RATE, config_from_dict, with_values
 
@@ -87,3 +93,28 @@ def _room(generator):
     echo = 0.1 * np.exp(-np.arange(2000) / 300) * generator.normal(size=2000)
     echo[0] = 0.9
     return np.concatenate([np.zeros(ROOM_DELAY), echo])
+
+
+def run_workers(work, arguments, count):
+    """Run `work(number, *arguments)` in so many processes; what one raises is raised here."""
+    torch.multiprocessing.spawn(_work_and_leave, (work, arguments), nprocs=count)
+
+
+def _work_and_leave(number, work, arguments):
+    work(number, *arguments)
+    # DDP keeps gloo's threads although the group was destroyed (PyTorch 2.11): when Python ends under such a thread
+    # while it holds a tensor, the process is aborted, once in some thirty times
+    os._exit(0)
+
+
+@contextlib.contextmanager
+def process_group(meeting, number, workers):
+    """Be one of several workers, who meet at a file."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", f"file://{meeting}", rank=number, world_size=workers)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

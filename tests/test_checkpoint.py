@@ -207,5 +207,15 @@ def test_a_kept_checkpoint_that_is_kept_again_stays_where_it_is(tmp_path):
     assert (place / "metrics.jsonl").is_file()
 
 
+def test_a_checkpoint_that_another_process_kept_meanwhile_stays(tmp_path):
+    """Two processes train one trial for a moment, when one was orphaned by a kill."""
+    kept_after(tmp_path, [0.4, 0.3])
+    marked = tmp_path / "kept" / "epoch-0002" / "mark"
+    marked.touch()
+    place = keep_checkpoint(written(tmp_path / "again", [0.4, 0.3]), tmp_path / "kept")
+    assert place == marked.parent and marked.exists()
+    assert [folder.name for folder in (tmp_path / "kept").iterdir()] == ["epoch-0002"]
+
+
 def test_before_the_first_epoch_there_is_no_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path / "kept") is None

@@ -31,20 +31,20 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("there", "resources", "expected"),
     [
-        ([{"CPU": 4.0}], ResourcesConfig(), Allotment(0.0, 4, 4, "gloo", HEAD)),
+        ([{"CPU": 4.0}], ResourcesConfig(), Allotment(0.0, 4, 4, "gloo", "")),
         ([{"CPU": 4.0}], ResourcesConfig(workers=2), Allotment(0.0, 2, 2, "gloo", HEAD)),
         ([{"CPU": 5.0}], ResourcesConfig(workers=2, cpus_per_worker=2), Allotment(0.0, 1, 1, "gloo", HEAD)),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(), Allotment(1.0, 4, 4, "nccl", HEAD)),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.0), Allotment(0.0, 16, 16, "gloo", HEAD)),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(), Allotment(1.0, 4, 4, "nccl", "")),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.0), Allotment(0.0, 16, 16, "gloo", "")),
         (
             [{"CPU": 16.0, "GPU": 4.0}],
             ResourcesConfig(workers=4, cpus_per_worker=4),
             Allotment(1.0, 1, 1, "nccl", HEAD),
         ),
-        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 10, 10, "nccl", HEAD)),
-        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 3, 3, "nccl", HEAD)),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 12, 12, "nccl", HEAD)),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 16, 16, "nccl", HEAD)),
+        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 10, 10, "nccl", "")),
+        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 3, 3, "nccl", "")),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 12, 12, "nccl", "")),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 16, 16, "nccl", "")),
     ],
 )
 def test_as_many_trials_run_at_a_time_as_have_room(
@@ -69,7 +69,7 @@ def test_gpus_without_cpus_beside_them_are_of_no_use(nodes: Any) -> None:
 
 def test_no_more_trials_run_at_a_time_than_asked_for(nodes: Any) -> None:
     nodes({"CPU": 64.0})
-    assert allot(ResourcesConfig(), most_trials=3) == Allotment(0.0, 3, 64, "gloo", HEAD)
+    assert allot(ResourcesConfig(), most_trials=3) == Allotment(0.0, 3, 64, "gloo", "")
 
 
 def test_a_trial_that_fits_nowhere_is_an_error_that_says_what_there_is(nodes: Any) -> None:
@@ -83,7 +83,8 @@ def test_a_trial_that_fits_nowhere_is_an_error_that_says_what_there_is(nodes: An
 def test_a_cluster_that_does_not_tell_its_head_node_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, HEAD: 1.0}}])
     with pytest.raises(ValueError, match=r"does not tell its head node.*ray start --head"):
-        allot(ResourcesConfig(), 1)
+        allot(ResourcesConfig(workers=2), 1)
+    assert allot(ResourcesConfig(), 1).room == 2  # a lone worker is placed wherever there is room
 
 
 def test_an_allotment_is_described_in_words() -> None:

@@ -1,3 +1,4 @@
+import copy
 import functools
 import importlib
 import sys
@@ -253,7 +254,7 @@ def speechbrain_model():
 
 def with_weights_of(theirs):
     """Our model with the weights of SpeechBrain's, but those of its two further norms."""
-    ours = ECAPATDNN().eval()
+    ours = ECAPATDNN().to(theirs.fc.conv.weight.dtype).eval()
     layers = [(theirs.blocks[0], ours.stem)]
     plain = [(theirs.mfa.conv, ours.aggregate), (theirs.asp.tdnn.conv, ours.pool.hidden)]
     plain += [(theirs.asp.conv, ours.pool.logits), (theirs.fc, ours.embedding)]
@@ -299,31 +300,38 @@ def test_embeddings_are_those_of_speechbrain_but_for_the_differences_that_are_li
     assert apart(DIFFERENCES) < 1e-5
 
 
-def trained(model, features, convolutions):
-    """Embeddings in training mode, and the gradients that features and some weights get from them."""
-    features = features.clone().requires_grad_()
-    embeddings = model.train()(features).flatten(1)
-    embeddings.square().sum().backward()
-    return [embeddings.detach(), features.grad.sum(0), *(convolution.weight.grad for convolution in convolutions)]
+def gradients_as_ours(theirs):
+    """The gradients of SpeechBrain's model, as the parameters of one of ours."""
+    holder = copy.deepcopy(theirs)
+    for parameter, trained in zip(holder.parameters(), theirs.parameters(), strict=True):
+        parameter.data = torch.zeros_like(trained) if trained.grad is None else trained.grad  # of a norm put out
+    return dict(with_weights_of(holder).named_parameters())
 
 
 def test_training_has_the_embeddings_gradients_and_statistics_of_speechbrain():
     """In float64: in float32 a ReLU may stand so near zero that rounding decides whether it lets a gradient through."""
-    theirs = speechbrain_model()
-    ours = with_weights_of(theirs).double()
-    theirs.double()
+    theirs = speechbrain_model().double()
+    ours = with_weights_of(theirs)
     for difference in DIFFERENCES:
         if difference is not zeros_beyond_the_end:  # no utterance ends before its batch does
             difference(theirs, None)
-    features = torch.randn(4, 80, 60, dtype=torch.float64)
-    actual = trained(ours, features, [ours.stem.conv, ours.aggregate, ours.pool.hidden, ours.pool.logits])
-    convolutions = [theirs.blocks[0].conv, theirs.mfa.conv, theirs.asp.tdnn.conv, theirs.asp.conv]
-    expected = trained(theirs, features.mT, [convolution.conv for convolution in convolutions])
-    expected[1] = expected[1].mT
-    for value, their_value in zip(actual, expected, strict=True):
-        assert (value - their_value).norm() < 1e-8 * their_value.norm()  # its masks are float32
-    torch.testing.assert_close(ours.norm.running_mean, theirs.asp_bn.norm.running_mean, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(ours.norm.running_var, theirs.asp_bn.norm.running_var, rtol=1e-7, atol=1e-9)
+    features = torch.randn(4, 80, 60, dtype=torch.float64, requires_grad=True)
+    their_features = features.detach().mT.requires_grad_()
+    embeddings, their_embeddings = ours.train()(features), theirs.train()(their_features).squeeze(1)
+    for outputs in (embeddings, their_embeddings):
+        outputs.square().sum().backward()
+
+    def assert_close(name, value, expected):  # its masks are float32
+        assert (value - expected).norm() < 1e-7 * expected.norm() + 1e-12, name
+
+    assert_close("embeddings", embeddings, their_embeddings)
+    assert_close("features", features.grad, their_features.grad.mT)
+    expected = gradients_as_ours(theirs)
+    for name, parameter in ours.named_parameters():
+        assert_close(name, parameter.grad, expected[name])
+    statistics = dict(with_weights_of(theirs).named_buffers())
+    for name, buffer in ours.named_buffers():
+        assert_close(name, buffer.double(), statistics[name].double())
 
 
 @pytest.mark.parametrize("difference", DIFFERENCES, ids=lambda difference: difference.__name__)

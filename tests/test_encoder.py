@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -106,6 +108,20 @@ def test_nothing_to_embed_gives_no_rows(encoder):
 def test_embed_names_the_waveform_it_cannot_take(encoder, waveform):
     with pytest.raises(ValueError, match=r"waveforms\[1\] must have the shape \(samples,\)"):
         encoder.embed([noise(8000), waveform])
+
+
+@pytest.mark.parametrize("lengths", [[300, 8000], [8000, 8001]])
+def test_lengths_that_hold_no_frame_or_more_than_there_is_are_refused(evaluated, lengths):
+    with pytest.raises(ValueError, match=r"Lengths must lie between 400 samples .* and the 8000 given, got"):
+        evaluated(torch.zeros(2, 8000), torch.tensor(lengths))
+
+
+def test_an_encoder_made_double_computes_in_float64(evaluated):
+    waveforms = torch.stack([noise(8000, 0), noise(8000, 1)])
+    expected = evaluated(waveforms)
+    precise = copy.deepcopy(evaluated).double()(waveforms)
+    assert precise.dtype == torch.float64
+    torch.testing.assert_close(precise.float(), expected, rtol=0, atol=1e-5)
 
 
 def test_only_the_network_has_a_state(encoder):

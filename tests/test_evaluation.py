@@ -1,17 +1,13 @@
-import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from encoder_fixtures import tiny_encoder
-from learning_fixtures import DEV, UTTERANCES, tiny_config, write_corpus
+from learning_fixtures import DEV, UTTERANCES, process_group, run_workers, tiny_config, write_corpus
 
 from raysv.corpus.groups import Groups
 from raysv.corpus.loading import load_corpus
@@ -232,25 +228,20 @@ def train_list(root):
 
 def work(number, root, folder):
     """One of two workers; the second list has fewer recordings than there are workers."""
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     encoder = tiny_encoder()
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=2)
-    result = evaluate(encoder, dev_pairs(root))
-    with pytest.MonkeyPatch.context() as patch:
+    with process_group(folder / "meet", number, 2), pytest.MonkeyPatch.context() as patch:
+        result = evaluate(encoder, dev_pairs(root))
         lengths = counting(encoder, patch)
         lone = embed_recordings(encoder, open_store([root / "noise/0.wav"], root / "cache"))
     saved = {"scores": torch.from_numpy(result.scores), "eer": result.rates.eer, "lone": lone, "read": len(lengths)}
-    torch.save(saved, Path(folder) / f"{number}.pt")
-    dist.destroy_process_group()
+    torch.save(saved, folder / f"{number}.pt")
 
 
 @pytest.mark.slow
 def test_two_workers_share_the_recordings_and_both_know_the_result_of_one(encoder, dev, root, tmp_path):
     expected = evaluate(encoder, dev)
     lone = embed_recordings(encoder, open_store([root / "noise/0.wav"], root / "cache"))
-    torch.multiprocessing.spawn(work, (root, str(tmp_path)), nprocs=2)
+    run_workers(work, (root, tmp_path), 2)
     workers = [SimpleNamespace(**torch.load(tmp_path / f"{number}.pt")) for number in range(2)]
     for worker in workers:
         np.testing.assert_allclose(worker.scores, expected.scores, atol=1e-5)

@@ -42,6 +42,12 @@ def slow_eer(points):
     raise AssertionError("the points must run from (0, 1) to (1, 0)")
 
 
+@pytest.mark.parametrize(("c_miss", "c_fa"), [(0, 1), (1, 0), (1, -2), (math.nan, 1)])
+def test_errors_that_cost_nothing_are_refused(c_miss, c_fa):
+    with pytest.raises(ValueError, match="c_miss and c_fa are costs of an error and must be above 0"):
+        min_dcf([0.1, 0.9], [False, True], 0.5, c_miss, c_fa)
+
+
 def test_a_hand_computed_list():
     # Rejecting below 0.4 misses none of 4 and lets 2 of 4 through; below 0.5, 1 of 4 and 2 of 4; below 0.6, 1 and 1.
     scores = [0.4, 0.6, 0.8, 0.9, 0.1, 0.2, 0.5, 0.7]
@@ -98,13 +104,17 @@ def test_everything_equals_brute_force(pairs):
 
 @settings(deadline=None)
 @given(scored_pairs())
-def test_threshold_gives_the_closest_error_rates(pairs):
+def test_threshold_gives_the_closest_error_rates_and_is_the_lowest_that_does(pairs):
     scores, same = pairs
-    threshold = eer_threshold(scores, same)
-    accepted = scores >= threshold
-    gap = abs((~accepted[same]).mean() - accepted[~same].mean())
-    assert threshold in scores
-    assert gap == pytest.approx(float(min(abs(miss - fa) for miss, fa in slow_points(scores, same))), abs=1e-12)
+    thresholds = sorted(set(scores.tolist()))
+    gaps = [abs(miss - fa) for miss, fa in slow_points(scores, same)[:-1]]
+    assert eer_threshold(scores, same) == thresholds[gaps.index(min(gaps))]
+
+
+def test_of_two_thresholds_with_equal_gaps_the_lower_is_taken_although_their_floats_differ():
+    scores = [0.1] * 8 + [0.2] * 4 + [0.3] * 8
+    same = [True] * 2 + [False] * 6 + [False] * 3 + [True] + [True] * 7 + [False]
+    assert eer_threshold(scores, same) == 0.2  # (0.2, 0.4) and (0.3, 0.1): 1/5 both times
 
 
 @settings(deadline=None)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from raysv.precision import compute_dtype, exact
+from raysv.precision import at_least_float32, compute_dtype
 
 
 @pytest.mark.parametrize(
@@ -31,5 +31,5 @@ def test_nothing_is_computed_in_less_than_float32_or_in_less_than_it_came_in(
     given: torch.dtype, expected: torch.dtype
 ) -> None:
     values = torch.tensor([1.0, 1.5], dtype=given)
-    assert exact(values).dtype == expected
-    assert exact(values).tolist() == [1.0, 1.5]
+    assert at_least_float32(values).dtype == expected
+    assert at_least_float32(values).tolist() == [1.0, 1.5]

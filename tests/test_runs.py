@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow_fixtures import (
     BASE,
+    EPOCHS,
     RESOURCES,
     curve,
     mlflow_warnings,
@@ -22,6 +24,7 @@ from mlflow_fixtures import (
 
 from raysv.config import read_yaml
 from raysv.learning.checkpoint import keep_checkpoint
+from raysv.search import outbox
 from raysv.search.results import METRIC
 from raysv.search.study import note_start
 
@@ -124,6 +127,35 @@ def test_the_best_checkpoint_that_still_exists_is_kept_but_no_training_state(tra
     assert (artifacts / "det.png").read_bytes().startswith(b"\x89PNG")
     assert read_yaml(artifacts / "config.yaml")["loss"]["margin"] == 0.25
     assert artifacts.is_relative_to(tmp_path)
+
+
+def test_the_run_of_a_trial_says_in_which_format_it_was_computed(tracking_uri: str, tmp_path: Path) -> None:
+    callback, subject = new_driver(tracking_uri), trial()
+    run_trial(callback, subject, [0.2], checkpoint_path=write_checkpoint(tmp_path / "1", [0.2]))
+    assert runs(tracking_uri)[0].data.tags["raysv.computed"] == "cpu, float32"
+
+
+def test_a_server_that_refuses_files_costs_no_outcome(
+    tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MlflowClient.log_artifact
+
+    def refuse(client: MlflowClient, run_id: str, path: str, *folder: Any) -> None:
+        if path.endswith("encoder.pt"):
+            raise MlflowException("413: request entity too large")
+        log(client, run_id, path, *folder)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "RETRY_SHARE", 0.0)
+    callback, subjects = new_driver(tracking_uri), [trial(0), trial(1)]
+    for number, subject in enumerate(subjects):
+        run_trial(callback, subject, [0.2] * EPOCHS, checkpoint_path=write_checkpoint(tmp_path / str(number), [0.2]))
+    callback.on_experiment_end(subjects)
+    assert [run.data.tags["raysv.outcome"] for run in runs(tracking_uri)] == ["complete", "complete"]
+    assert [run.info.status for run in runs(tracking_uri)] == ["FINISHED", "FINISHED"]
+    (study,) = runs(tracking_uri, "study")
+    assert (study.info.status, study.data.metrics["best_eer"]) == ("FINISHED", 0.2)
 
 
 def test_a_new_driver_still_knows_the_best_checkpoint(tracking_uri: str, tmp_path: Path) -> None:

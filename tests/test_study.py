@@ -22,6 +22,7 @@ from raysv.search.study import (
     TUNE_FOLDER,
     Study,
     TrialRecord,
+    driving,
     find_study,
     load_space,
     note_start,
@@ -228,6 +229,22 @@ class BreakOff(ray.tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         if trial.config["loss.margin"] == 0.4:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_died_of_an_accident_is_broken_but_what_diverged_is_not(space: Space) -> None:
+    died = record("t0", "error", reason="ActorDiedError: killed")
+    diverged = record("t1", "error", 0.5, reason="the loss is NaN")
+    diverged.metrics["failure"] = "the loss is NaN"
+    assert Study(space, [died, diverged, record("t2", "complete", 0.2)]).broken == 1
+
+
+def test_a_study_has_one_driver_at_a_time(space: Space, tmp_path: Path) -> None:
+    folder = open_study(space, tmp_path, URI, "mine")
+    told = rf"mine is being run, by process {os.getpid()} on .*--resume"
+    with driving(folder), pytest.raises(ValueError, match=told), driving(folder):
+        pytest.fail("two drivers")
+    with driving(folder):  # afterwards, or after a kill, there is room
+        assert (folder / "driver.lock").is_file()
 
 
 @pytest.mark.slow

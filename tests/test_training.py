@@ -2,20 +2,17 @@
 
 import json
 import math
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
-from learning_fixtures import tiny_config, voice, write_audio, write_corpus, write_pairs
+from learning_fixtures import process_group, run_workers, tiny_config, voice, write_audio, write_corpus, write_pairs
 
 from raysv.corpus.loading import load_corpus
 from raysv.learning import training
-from raysv.learning.checkpoint import load_encoder, load_training_state
+from raysv.learning.checkpoint import describe_checkpoint, load_encoder, load_training_state
 from raysv.learning.training import DivergedError, Learner, fit, learning_rate_at, margin_at
 from raysv.verification.evaluation import evaluate
 
@@ -161,6 +158,31 @@ def test_a_checkpoint_of_another_configuration_is_refused(root, undisturbed, val
         trained(tiny_config(root, training__epochs=3, **values), resume=folder / "1")
 
 
+def test_a_run_goes_on_in_the_format_that_it_began_in(root, tmp_path, monkeypatch):
+    """Another node, or another revision, may take `auto` for something else."""
+    config = tiny_config(root, training__precision="auto")
+    monkeypatch.setattr(training, "compute_dtype", lambda *_: torch.bfloat16)
+    trained(config, tmp_path)
+    monkeypatch.setattr(training, "compute_dtype", lambda *_: torch.float32)
+    shutil.rmtree(tmp_path / "2")
+    trained(config, tmp_path, resume=tmp_path / "1")
+    assert describe_checkpoint(tmp_path / "2")[1]["computed"] == "cpu, bfloat16"
+
+
+def compute_in_several_formats(number, root, folder):
+    """The second worker's processor multiplies bfloat16, the first one's does not."""
+    training.compute_dtype = lambda *_: (torch.float32, torch.bfloat16)[number]
+    config = calm_config(root)
+    with process_group(folder / "meet", number, 2):
+        run = training._Run(config, load_corpus(config.data, config.augment), torch.device("cpu"))
+    assert run.precision == torch.float32
+
+
+@pytest.mark.slow
+def test_workers_on_unlike_machines_compute_in_one_format(root, tmp_path):
+    run_workers(compute_in_several_formats, (root, tmp_path), 2)
+
+
 def test_a_run_whose_data_moved_goes_on(root, undisturbed, tmp_path):
     history, folder = undisturbed
     moved = shutil.copytree(root, tmp_path / "elsewhere")
@@ -254,16 +276,12 @@ def calm_config(root):
 
 def work(number, root, folder):
     """One process, a worker of three and then, unless it is the last, a worker of two: imports take longest."""
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for workers in WORKERS:
         if number < workers:
-            dist.init_process_group("gloo", f"file://{folder}/meet-{workers}", rank=number, world_size=workers)
             reports = []
-            fit(calm_config(root), lambda metrics, at: reports.append((metrics, at is not None)))  # noqa: B023
+            with process_group(folder / f"meet-{workers}", number, workers):
+                fit(calm_config(root), lambda metrics, at: reports.append((metrics, at is not None)))  # noqa: B023
             Path(folder, f"{number}-of-{workers}.json").write_text(json.dumps(reports), encoding="utf-8")
-            dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +289,7 @@ def reports(root, tmp_path_factory):
     """What every worker reported, by the number of workers."""
     alone = trained(calm_config(root))  # which also decodes the corpus, once for all
     folder = tmp_path_factory.mktemp("workers")
-    torch.multiprocessing.spawn(work, (root, folder), nprocs=max(WORKERS))
+    run_workers(work, (root, folder), max(WORKERS))
     many = {
         count: [json.loads((folder / f"{number}-of-{count}.json").read_text()) for number in range(count)]
         for count in WORKERS
@@ -300,24 +318,16 @@ def test_all_workers_agree_and_the_first_one_brings_the_checkpoint(reports, work
 
 def read_other_data(number, root, folder):
     """The second worker's node has a copy of the corpus with one recording changed."""
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if number == 1:
-        root = Path(shutil.copytree(root, Path(folder, "copy")))
+        root = Path(shutil.copytree(root, folder / "copy"))
         write_audio(root / "dev-0/10.wav", voice(0, 10)[:-1])
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=2)
-    try:
-        if number == 1:
-            told = "Worker 1 finds other data below data.root than the first worker: dev pairs differ"
-            with pytest.raises(ValueError, match=told):
-                fit(calm_config(root), print)
-        else:
-            with pytest.raises(RuntimeError):  # it is left alone, in the middle of whatever gloo calls that
-                fit(calm_config(root), print)
-    finally:
-        dist.destroy_process_group()  # a process that ends before its gloo threads do is aborted
+        refused = pytest.raises(ValueError, match=r"Worker 1 finds other data .* differ")
+    else:  # it is left alone, whatever gloo calls that
+        refused = pytest.raises(RuntimeError, check=lambda error: not isinstance(error, DivergedError))
+    with process_group(folder / "meet", number, 2), refused:
+        fit(calm_config(root), print)
 
 
 @pytest.mark.slow
 def test_a_worker_with_other_data_is_refused(root, tmp_path):
-    torch.multiprocessing.spawn(read_other_data, (root, tmp_path), nprocs=2)
+    run_workers(read_other_data, (root, tmp_path), 2)

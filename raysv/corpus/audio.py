@@ -31,9 +31,9 @@ def read_audio(path: Path) -> Waveform:
     Raises: BadAudio for a file that is missing, unreadable, empty, silent, has samples that are not finite, or a rate
         that 16 kHz cannot be made of.
     """
-    if not path.is_file():
-        raise BadAudio("there is no such file")
     try:
+        if not path.is_file():
+            raise BadAudio("there is no such file")
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: a name that ends in .raw
         raise BadAudio(f"it cannot be read as audio ({error})") from error

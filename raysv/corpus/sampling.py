@@ -43,7 +43,7 @@ class SpeakerBatches:
 
     def epoch(self, epoch: int) -> Indices:
         """The utterances of an epoch, `(steps, speakers × utterances)`; a speaker's are next to each other."""
-        # a spawn key, because the seeds [seed, epoch] and [seed, epoch, 0] of another room give the same numbers
+        # a spawn key: the seeds [seed, epoch] would give the numbers of [seed, epoch, 0], which the first batch takes
         generator = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
         groups = np.empty((len(self._by_speaker), self._rounds, self.utterances), np.int64)
         for group, own in zip(groups, self._by_speaker, strict=True):

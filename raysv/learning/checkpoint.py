@@ -16,6 +16,7 @@ import os
 import pickle
 import platform
 import shutil
+import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -144,14 +145,15 @@ def keep_checkpoint(folder: Path, kept: Path) -> Path:
     target = kept / _kept_name(len(history))
     if folder == target:
         return target  # what a finished run was resumed from
-    aside = target.with_suffix(".partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = target.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
     shutil.copytree(folder, aside)
     for file in aside.iterdir():  # the name must not reach the disk before what it stands for
         with file.open("rb") as written:
             os.fsync(written.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    try:
+        aside.rename(target)
+    except OSError:  # it is there: another process, orphaned by a kill, trained the same epoch of the same run
+        shutil.rmtree(aside)
     best = min(history, key=lambda metrics: metrics["dev/eer"])
     for other in kept.iterdir():
         if other.name not in (target.name, _kept_name(best["epoch"])):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysv.config import LossConfig
-from raysv.precision import exact
+from raysv.precision import at_least_float32
 
 
 class Losses(NamedTuple):
@@ -85,7 +85,7 @@ class AAMSoftmax(nn.Module):
         The accuracy is the share of embeddings closest to their own class weight, without the margin.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
-            unit, weight = _unit(embeddings), F.normalize(exact(self.weight), dim=1)
+            unit, weight = _unit(embeddings), F.normalize(at_least_float32(self.weight), dim=1)
             cosines = unit @ weight.T
             own = cosines.gather(1, speakers[:, None])
             # The distance to the class's axis is sin θ. Unlike √(1 − cos²), it is exact for small angles and has a
@@ -138,7 +138,7 @@ class AAMSupCon(nn.Module):
 
 def _unit(vectors: Tensor) -> Tensor:
     """Vectors of length one, however short or long they were; zeros, without a direction, stay and get no gradient."""
-    values = exact(vectors)
+    values = at_least_float32(vectors)
     # Length is about to be lost anyway: scaled first, the squares of the entries neither vanish nor overflow.
     largest = values.detach().abs().amax(-1, keepdim=True)
     return F.normalize(values / largest.masked_fill(largest == 0, math.inf), dim=-1)

@@ -24,7 +24,7 @@ from raysv.distributed import agree, gather, rank, together, wrap
 from raysv.learning.checkpoint import Standing, describe_checkpoint, load_training_state, save_checkpoint
 from raysv.learning.losses import AAMSupCon, Losses
 from raysv.learning.views import Batch, ViewBatches, loader, make_views
-from raysv.precision import compute_dtype
+from raysv.precision import at_least_float32, compute_dtype, dtype_name, dtype_named
 from raysv.speech.encoder import SpeakerEncoder
 from raysv.speech.features import BandMasks
 from raysv.verification.evaluation import Evaluation, NotFiniteError, evaluate
@@ -57,7 +57,7 @@ class Learner(nn.Module):
         """The losses of all workers' views together, the same on every worker."""
         masks = BandMasks(*batch.masks.unbind(-1))
         embeddings = self.encoder(make_views(batch), masks=masks).unflatten(0, (-1, batch.views))
-        return self.loss(gather(embeddings.float(), self.utterances), gather(batch.speakers, self.utterances))
+        return self.loss(gather(at_least_float32(embeddings), self.utterances), gather(batch.speakers, self.utterances))
 
 
 def fit(
@@ -126,8 +126,13 @@ class _Run:
         self.learner = Learner(config, len(corpus.train.speakers)).to(device)
         self.parallel = wrap(self.learner)
         self.optimizer = _optimizer(config, self.learner)
-        self.precision = compute_dtype(config.training.precision, device)
-        self.computed = f"{device.type}, {str(self.precision).removeprefix('torch.')}"
+        # on machines that differ, what the first worker's computes fast
+        self.precision = agree(compute_dtype(config.training.precision, device))
+
+    @property
+    def computed(self) -> str:
+        """On which kind of device, and in which format."""
+        return f"{self.device.type}, {dtype_name(self.precision)}"
 
     def train_epoch(self, epoch: int, batches: Any) -> Metrics:
         """One pass over the training list; the metrics are means over its steps."""
@@ -191,6 +196,8 @@ class _Run:
     def restore(self, folder: Path) -> list[Metrics]:
         """Stand where a checkpoint stands; returns the metrics of the epochs before."""
         _refuse_other(self.config, folder)
+        # in the format that it began with: `auto` may mean another one here
+        self.precision = dtype_named(describe_checkpoint(folder)[1]["computed"].rpartition(" ")[2])
         encoder, state, history = load_training_state(folder)
         self.learner.encoder.load_state_dict(encoder)
         self.learner.loss.load_state_dict(state["loss"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from raysv.config import SAMPLE_RATE, Config
+from raysv.config import SAMPLE_RATE, Config, check_shares
 from raysv.corpus.audio import FULL_SCALE, Floats, floating, take
 from raysv.corpus.sampling import SpeakerBatches
 from raysv.corpus.sets import Corpus
@@ -100,11 +100,7 @@ class ViewBatches(Dataset[Batch]):
         )
         self.recipe, self.kinds = recipe(config.augment.strength), config.augment.kinds
         self.samples = round(config.batch.crop_seconds * SAMPLE_RATE)
-        if config.batch.size < world_size():
-            raise ValueError(
-                f"A batch of {config.batch.size} utterances (batch.speakers × batch.utterances_per_speaker) cannot be "
-                f"shared by {world_size()} workers: each needs one. Enlarge it or lower resources.workers."
-            )
+        check_shares(config.batch, world_size())
         self._mine = shard(config.batch.size)  # asked here: a loader process may not know of the other workers
         self._epoch, self._order = 0, np.zeros((0, 0), np.int64)
 
@@ -117,7 +113,7 @@ class ViewBatches(Dataset[Batch]):
         epoch, step = when
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self.sampler.epoch(epoch)
-        generator = np.random.default_rng([self.seed, epoch, step + 1])  # NumPy takes [.., 0] for the sampler's [..]
+        generator = np.random.default_rng([self.seed, epoch, step])
         views = (self.batch.size, self.batch.views)
         starts = generator.random(self.batch.size)
         choices = choose(self.recipe, self.kinds, views, num_frames(self.samples), MELS, generator)

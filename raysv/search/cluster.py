@@ -33,7 +33,7 @@ class Allotment:
 
     Attributes:
         room: how many the whole cluster has room for.
-        head: what Ray calls the head node itself, as a resource of which there is 1.
+        head: what Ray calls the head node itself, as a resource of which there is 1; empty where no trial needs it.
     """
 
     gpus_per_worker: float
@@ -140,7 +140,8 @@ def allot(resources: ResourcesConfig, most_trials: int) -> Allotment:
         )
     room = places // resources.workers
     backend = "nccl" if per_worker else "gloo"
-    return Allotment(per_worker, min(room, most_trials), room, backend, _head_of(nodes))
+    head = _head_of(nodes) if resources.workers > 1 else ""
+    return Allotment(per_worker, min(room, most_trials), room, backend, head)
 
 
 def _head_of(nodes: list[dict[str, float]]) -> str:

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from raysv.config import dump_yaml, flatten, with_values
-from raysv.learning.checkpoint import TRAINING_STATE
+from raysv.learning.checkpoint import TRAINING_STATE, describe_checkpoint
 from raysv.search.cards import StudyCard, TrialCard
 from raysv.search.figures import det_figure, read_det
 from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
@@ -22,7 +22,8 @@ from raysv.search.results import METRIC, TIME, metrics_by_epoch
 from raysv.search.study import SPACE_FILE, started
 from raysv.search.wording import markdown, show_value
 
-OUTCOME, ERROR, BEST, CHECKPOINT = "raysv.outcome", "raysv.error", "raysv.best", "raysv.checkpoint"  # tags
+OUTCOME, ERROR, BEST = "raysv.outcome", "raysv.error", "raysv.best"  # tags
+CHECKPOINT, COMPUTED = "raysv.checkpoint", "raysv.computed"  # the best one's folder; device and format
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "error": "FAILED"}  # KILLED would show the same cross as FAILED
 NOT_UPLOADED = (TRAINING_STATE,)  # large, and only needed to go on training where the checkpoint lies
 MOST_PARAMS = 100  # that one call may log
@@ -107,17 +108,25 @@ class StudyRuns:
                 self._client.set_tag(known.run_id, CHECKPOINT, folder)
             known.checkpoints.append((float(result[METRIC]), folder))
 
-    def finish(self, card: TrialCard, end: str, reason: str, report: Path | None = None) -> None:
-        """The end of a trial: outcome, best checkpoint, DET curve, and the report of an error."""
+    def finish(self, card: TrialCard, end: str, reason: str) -> None:
+        """How a trial ended, and why if it went wrong."""
+        known = self._known(card)
+        self._client.log_batch(known.run_id, tags=_run_tags({OUTCOME: end, ERROR: reason[:5000]}))
+        self._client.set_terminated(known.run_id, STATUS[end])
+
+    def upload(self, card: TrialCard, report: Path | None = None) -> None:
+        """The files of a trial that ended: best checkpoint, DET curve, and the report of an error.
+
+        An entry of its own: a server may refuse large files, and the trial ended all the same.
+        """
         known = self._known(card)
         if report and report.is_file():
             self._client.log_artifact(known.run_id, str(report))
         there = [(eer, Path(folder)) for eer, folder in known.checkpoints if Path(folder).is_dir()]
         if there:
             _, best = min(there, key=lambda checkpoint: checkpoint[0])
+            self._client.set_tag(known.run_id, COMPUTED, describe_checkpoint(best)[1]["computed"])
             self._upload(known.run_id, best, card.name)
-        self._client.log_batch(known.run_id, tags=_run_tags({OUTCOME: end, ERROR: reason[:5000]}))
-        self._client.set_terminated(known.run_id, STATUS[end])
 
     def summarise(self) -> None:
         """How the study stands, on its own run: counts and the best EER over time, and a table of the best trials."""

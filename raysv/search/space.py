@@ -20,6 +20,7 @@ from raysv.config import (
     SYNTHETIC,
     Config,
     Section,
+    check_shares,
     config_from_dict,
     config_to_dict,
     flatten,
@@ -214,11 +215,7 @@ def space_from_dict(tree: dict[str, Any], name: str) -> Space:
             "training.epochs cannot be searched: trials of different lengths cannot be compared at the same epoch."
         )
     for config in space.corners():
-        if config.batch.size < resources.workers:
-            raise ValueError(
-                f"A batch of {config.batch.size} utterances (batch.speakers × batch.utterances_per_speaker) cannot be "
-                f"shared by {resources.workers} workers: each needs one. Enlarge it or lower resources.workers."
-            )
+        check_shares(config.batch, resources.workers)
     for key, span in ranges.items():
         if span.kind == "int":
             space.config({key: span.values[0] + 1})  # between the ends not every whole number need do

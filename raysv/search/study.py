@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
 import logging
 import os
+import socket
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +28,7 @@ SPACE_FILE = "space.yaml"
 STARTED_FILE = "started.yaml"  # how it was started, for whoever resumes it
 BEST_FILE = "best_config.yaml"
 TRIALS_FILE = "trials.csv"
+LOCK_FILE = "driver.lock"  # held by the driver of a study as long as it lives
 TUNE_FOLDER = "tune"  # Tune's own record of the study, below the study's folder
 TUNE_SNAPSHOTS = "experiment_state-*.json"  # in it, one by each driver
 ERROR_FILE = "error.txt"  # Tune's report of what a trial died of, in the trial's folder
@@ -78,6 +83,11 @@ class Study:
         """Trials that the study was asked for and has not seen the end of."""
         # of Tune's several files one may be older than the others after a kill: there can be a trial too many
         return max(0, self.space.search.trials - sum(trial.outcome != "unfinished" for trial in self.trials))
+
+    @property
+    def broken(self) -> int:
+        """Trials that died of an accident: going on repeats them. One that diverged would do so again."""
+        return sum(trial.outcome == "error" and not trial.metrics.get("failure") for trial in self.trials)
 
     def table(self) -> str:
         """All trials, best first, as text in columns."""
@@ -183,6 +193,27 @@ def open_study(space: Space, results: Path, tracking_uri: str, name: str | None 
     write_yaml(space.to_dict(), folder / SPACE_FILE, f"What study {folder.name} searches.")
     note_start(folder, id=uuid.uuid4().hex, space=space.name, tracking_uri=tracking_uri)
     return folder
+
+
+@contextlib.contextmanager
+def driving(folder: Path) -> Iterator[None]:
+    """Be the one driver of a study: two would train the same trials and remove each other's.
+
+    Raises: ValueError when another one is at it; a killed one is not.
+    """
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"Study {folder.name} is being run, by {file.read().strip()}. Wait for it, or end it (Ctrl-C, or kill "
+                "with that number) and --resume."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def note_start(folder: Path, **facts: Any) -> None:

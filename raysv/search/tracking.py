@@ -71,5 +71,7 @@ class MLflowTracking(Callback):
         self._outbox.empty()
 
     def _finish(self, trial: Any, end: str, reason: str, report: Path | None = None) -> None:
-        self._outbox.put(partial(self._runs.finish, TrialCard.of(trial), end, reason, report))
+        card = TrialCard.of(trial)
+        self._outbox.put(partial(self._runs.finish, card, end, reason))
         self._outbox.put(self._runs.summarise)
+        self._outbox.put(partial(self._runs.upload, card, report))

@@ -24,7 +24,7 @@ from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC
 from raysv.search.space import Space
 from raysv.search.stopping import JournaledASHA, read_journal
-from raysv.search.study import SPACE_FILE, TUNE_FOLDER, Study, note_start, read_study, started
+from raysv.search.study import SPACE_FILE, TUNE_FOLDER, Study, driving, note_start, read_study, started
 from raysv.search.tracking import MLflowTracking
 from raysv.search.trial import Job, run_trial
 from raysv.speech.augmentation import recipe
@@ -69,8 +69,14 @@ def run_study(
         tracking_uri: MLflow's store or server.
         tests: whether trials end with the test lists, as a single run does and a search must not.
 
-    Raises: ValueError when the cluster has no room for a trial, or a study cannot go on as it was left.
+    Raises: ValueError when the cluster has no room for a trial, a study cannot go on as it was left, or another driver
+        runs it.
     """
+    with driving(folder):
+        return _drive(space, folder, corpus, tracking_uri, resume, tests)
+
+
+def _drive(space: Space, folder: Path, corpus: Corpus, tracking_uri: str, resume: bool, tests: bool) -> Study:
     os.environ.update(TUNE_SETTINGS)
     resume = resume and bool(read_study(folder).trials)  # broken off before its first trial, it starts anew
     _note_data(folder, corpus, resume)

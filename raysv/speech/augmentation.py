@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from raysv.config import SAMPLE_RATE
+from raysv.corpus.groups import Indices
 
 ADDITIVE = ("noise", "music", "babble")  # kinds that are added at an SNR; the other one is reverb
 MAX_VOICES = 8
 FRAME = SAMPLE_RATE // 50  # 20 ms, for telling speech from pauses
 ACTIVE_DB = 30  # a frame counts as speech when it is at most this far below the loudest one
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+Draws = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ class Choices:
         masks: `(..., 4)` int: first frame and width of the time mask, first band and width of the mel mask.
     """
 
-    kind: Integers
-    snr_db: Floats
-    voices: Integers
-    clip: Floats
-    offset: Floats
-    babbler: Floats
+    kind: Indices
+    snr_db: Draws
+    voices: Indices
+    clip: Draws
+    offset: Draws
+    babbler: Draws
     reverberated: npt.NDArray[np.bool_]
-    room: Floats
-    masks: Integers
+    room: Draws
+    masks: Indices
 
     def __getitem__(self, rows: slice) -> Choices:
         return Choices(**{item.name: getattr(self, item.name)[rows] for item in dataclasses.fields(self)})
@@ -119,7 +119,7 @@ def choose(
     )
 
 
-def _mask(width: Floats, start: Floats, widest: float, size: int) -> tuple[Integers, Integers]:
+def _mask(width: Draws, start: Draws, widest: float, size: int) -> tuple[Indices, Indices]:
     """First position and width of masks up to `widest` wide, each width as probable as the next."""
     widths = np.minimum((width * (round(widest) + 1)).astype(np.int64), size - 1)
     return (start * (size - widths + 1)).astype(np.int64), widths

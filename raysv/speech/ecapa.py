@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from raysv.distributed import BatchNorm1d
-from raysv.precision import exact
+from raysv.precision import at_least_float32
 from raysv.speech.features import frame_padding, mean_over_time
 
 SCALE = 8  # groups of a Res2 convolution
@@ -133,7 +134,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, values: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        precise = exact(values)
+        precise = at_least_float32(values)
         mean = mean_over_time(precise, padding)
         centred = precise - mean
         if padding is not None:
@@ -145,6 +146,7 @@ class _Moments(torch.autograd.Function):
         return centred, mean, deviation
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         centred, variance, deviation, padding = context.saved_tensors
         for_centred, for_mean, for_deviation = gradients
@@ -162,7 +164,7 @@ class _WeightedMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, values: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights = (exact(logits) - logits.amax(-1, keepdim=True)).exp_()  # not yet of sum 1
+        weights = (at_least_float32(logits) - logits.amax(-1, keepdim=True)).exp_()  # not yet of sum 1
         total = weights.sum(-1, keepdim=True)
         weighted = weights * values
         mean = weighted.sum(-1, keepdim=True) / total
@@ -173,6 +175,7 @@ class _WeightedMoments(torch.autograd.Function):
         return mean, deviation
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         values, weights, total, mean, variance, deviation = context.saved_tensors
         for_mean, for_deviation = gradients[0] / total, gradients[1] / total

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from raysv.config import SAMPLE_RATE, ModelConfig
 from raysv.speech.ecapa import ECAPATDNN
-from raysv.speech.features import BandMasks, Fbank, mask_bands, mean_normalise, num_frames
+from raysv.speech.features import FRAME_SAMPLES, BandMasks, Fbank, mask_bands, mean_normalise, num_frames
 
 SHORTEST_SAMPLES = SAMPLE_RATE // 2  # `embed` repeats what is shorter than half a second
 
@@ -30,7 +30,15 @@ class SpeakerEncoder(nn.Module):
             waveforms: `(n, samples)` in [-1, 1) at 16 kHz.
             lengths: `(n,)` samples of each utterance, the rest being padding; None: all are full.
             masks: bands of SpecAugment, one entry per utterance; None: none.
+
+        Raises: ValueError when a length is less than one frame, or more than there is.
         """
+        samples = waveforms.shape[-1]
+        if lengths is not None and not FRAME_SAMPLES <= int(lengths.min()) <= int(lengths.max()) <= samples:
+            raise ValueError(
+                f"Lengths must lie between {FRAME_SAMPLES} samples (25 ms at 16 kHz) and the {samples} given, got "
+                f"{lengths.tolist()}. Leave shorter recordings out or repeat them, as `embed` does."
+            )
         frames = None if lengths is None else num_frames(lengths)
         features = mean_normalise(self.fbank(waveforms), frames)
         if masks is not None:

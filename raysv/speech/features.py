@@ -50,7 +50,7 @@ class Fbank(nn.Module):
         self._blocks = [_weighed(banks, slice(low, low + MEL_BLOCK)) for low in range(0, mels, MEL_BLOCK)]
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """Features `(..., mels, frames)`, always float32, of waveforms `(..., samples)` in [-1, 1) at 16 kHz.
+        """Features `(..., mels, frames)` of waveforms `(..., samples)` in [-1, 1) at 16 kHz; float32, as the module is.
 
         Raises: ValueError when the waveforms are shorter than one frame.
         """
@@ -66,7 +66,7 @@ class Fbank(nn.Module):
 
     def _log_mel(self, waveforms: Tensor) -> Tensor:
         with torch.autocast(waveforms.device.type, enabled=False):
-            mel = self.mel_energies(self._frames(waveforms.float()))
+            mel = self.mel_energies(self._frames(waveforms.to(self.window.dtype)))
             return mel.clamp_(min=torch.finfo(torch.float32).eps).log_().mT
 
     def mel_energies(self, frames: Tensor) -> Tensor:

@@ -14,17 +14,15 @@ from torch import Tensor
 
 from raysv.config import SAMPLE_RATE
 from raysv.corpus.audio import floating
+from raysv.corpus.groups import Indices
 from raysv.corpus.sets import PairSet
 from raysv.corpus.store import WaveformStore, open_store
 from raysv.corpus.utterances import Utterance
 from raysv.distributed import gather, shard, world_size
 from raysv.speech.encoder import SpeakerEncoder
-from raysv.verification.metrics import ErrorRates, bootstrap_eer, error_rates
+from raysv.verification.metrics import PRIORS, ErrorRates, bootstrap_eer, error_rates
 from raysv.verification.scoring import as_norm, centre, cosine_scores, mean_embeddings
 
-Rows = npt.NDArray[np.int64]
-
-PRIORS = (0.01, 0.05)  # of a target pair, for minDCF
 FEWEST_SPEAKERS = 5  # for an interval: 4 can be drawn in 35 ways, which have no tails to speak of
 CHUNK_SAMPLES = 1000 * SAMPLE_RATE  # about as much is converted to float at once
 
@@ -115,7 +113,9 @@ def eer_interval(scores: npt.ArrayLike, pairs: PairSet, generator: np.random.Gen
     return Interval(*bootstrap_eer(scores, pairs.same_speaker, enrolment, test, generator), count)
 
 
-def pair_embeddings(encoder: SpeakerEncoder, pairs: PairSet, mean: Tensor | None = None) -> tuple[Tensor, Rows, Rows]:
+def pair_embeddings(
+    encoder: SpeakerEncoder, pairs: PairSet, mean: Tensor | None = None
+) -> tuple[Tensor, Indices, Indices]:
     """Embeddings of the enrolment models and of the recordings behind them, and each pair's two rows in them.
 
     Args:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 
+PRIORS = (0.01, 0.05)  # of a pair of one speaker, for minDCF
 MOST_DRAWN = 2**22  # speakers drawn at a time in a bootstrap, over all its rounds: bounds the memory
 INTERVAL_LEVEL = 0.9  # of the interval of an EER
 
@@ -28,7 +29,7 @@ class ErrorRates(NamedTuple):
     threshold: float
 
 
-def error_rates(scores: ArrayLike, same_speaker: ArrayLike, p_targets: Sequence[float] = (0.01, 0.05)) -> ErrorRates:
+def error_rates(scores: ArrayLike, same_speaker: ArrayLike, p_targets: Sequence[float] = PRIORS) -> ErrorRates:
     """`eer`, `min_dcf` at each prior and `eer_threshold`, from one sort.
 
     Args:
@@ -73,7 +74,7 @@ def det_curve(scores: ArrayLike, same_speaker: ArrayLike, points: int | None = N
         points: the most points to return, both ends among them, spread so that the rare errors of a DET plot's
             stretched axes keep theirs; all where None.
     """
-    _, p_miss, p_fa = _operating_points(scores, same_speaker)
+    _, _, p_miss, p_fa = _operating_points(scores, same_speaker)
     if points is None or points >= len(p_miss):
         return p_miss, p_fa
     if points < 2:
@@ -201,9 +202,13 @@ def _drawn_eers(
 
 
 class _OperatingPoints(NamedTuple):
-    """Thresholds rising, so P_miss rising and P_fa falling; the last threshold, above every score, is infinite."""
+    """Thresholds rising, so P_miss rising and P_fa falling; the last threshold, above every score, is infinite.
+
+    The gaps are |P_miss − P_fa| times both numbers of pairs: whole numbers, of which equal ones are equal.
+    """
 
     thresholds: Array
+    gaps: Array
     p_miss: Array
     p_fa: Array
 
@@ -212,8 +217,11 @@ def _operating_points(scores: ArrayLike, same_speaker: ArrayLike) -> _OperatingP
     values, same = _checked(scores, same_speaker)
     order, ranked, cuts = _ranking(values)
     rejected_targets = _below(same[order], cuts)
+    rejected_others = cuts - rejected_targets
+    targets, others = rejected_targets[-1], rejected_others[-1]
+    gaps = np.abs(rejected_targets * others - (others - rejected_others) * targets)
     thresholds = np.append(ranked[cuts[:-1]], np.inf)
-    return _OperatingPoints(thresholds, *_error_shares(rejected_targets, cuts - rejected_targets))
+    return _OperatingPoints(thresholds, gaps, *_error_shares(rejected_targets, rejected_others))
 
 
 def _checked(scores: ArrayLike, same_speaker: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
@@ -271,12 +279,14 @@ def _meeting(miss_before: Array, fa_before: Array, miss_after: Array, fa_after: 
 
 
 def _threshold(points: _OperatingPoints) -> float:
-    return float(points.thresholds[np.abs(points.p_miss - points.p_fa).argmin()])
+    return float(points.thresholds[points.gaps.argmin()])
 
 
 def _min_dcf(points: _OperatingPoints, p_target: float, c_miss: float, c_fa: float) -> float:
     if not 0 < p_target < 1:
         raise ValueError(f"p_target is the prior of a pair of one speaker and must lie in (0, 1), got {p_target}.")
+    if not (c_miss > 0 and c_fa > 0):
+        raise ValueError(f"c_miss and c_fa are costs of an error and must be above 0, got {c_miss} and {c_fa}.")
     miss, fa = p_target * c_miss, (1 - p_target) * c_fa
     return float((miss * points.p_miss + fa * points.p_fa).min() / min(miss, fa))
 
