@@ -127,8 +127,13 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class LossConfig(Section):
-    """AAM-Softmax plus `contrast_weight` times SupCon."""
+    """AAM-Softmax plus `contrast_weight` times SupCon, or one of the two alone."""
 
+    kind: str = knob(
+        "aam_supcon",
+        "aam_supcon: both terms, aam: AAM-Softmax alone, supcon: SupCon alone",
+        choices=("aam_supcon", "aam", "supcon"),
+    )
     margin: float = knob(
         0.2,
         "additive angular margin m of AAM-Softmax, in radians",
@@ -138,7 +143,10 @@ class LossConfig(Section):
     )
     scale: float = knob(30.0, "scale s of AAM-Softmax", above=0)
     temperature: float = knob(0.07, "temperature τ of SupCon; does not change the weight of the term", above=0)
-    contrast_weight: float = knob(1.0, "weight λ of SupCon; 0 leaves AAM-Softmax alone", 0)
+    contrast_weight: float = knob(1.0, "weight λ of SupCon beside AAM-Softmax; 0 leaves that alone", 0)
+    contrast_margin: float = knob(
+        0.0, "what SupCon takes from the cosines of positives, so that they must stand out by as much", 0, 1
+    )
     aam_views: str = knob("all", "views that AAM-Softmax classifies", choices=("all", "first"))
     fallback: str = knob(
         "mm",
@@ -146,6 +154,24 @@ class LossConfig(Section):
         choices=("mm", "mmm"),
     )
     margin_warmup_epochs: float = knob(0.0, "epochs over which the margin grows from 0 to its value", 0)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether AAM-Softmax is part of the loss."""
+        return self.kind != "supcon"
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether SupCon is part of the loss."""
+        return self.kind == "supcon" or (self.kind == "aam_supcon" and self.contrast_weight > 0)
+
+
+# the keys of `loss` that mean nothing unless their term is there, by the kinds that have it
+LOSS_KEYS = {
+    ("aam_supcon", "aam"): ("margin", "scale", "aam_views", "fallback", "margin_warmup_epochs"),
+    ("aam_supcon", "supcon"): ("temperature", "contrast_margin"),
+    ("aam_supcon",): ("contrast_weight",),
+}
 
 
 @dataclass(frozen=True)
@@ -190,10 +216,10 @@ class Config:
         for key, epochs in warmups.items():
             if epochs > self.training.epochs:
                 raise ValueError(f"{key} is {epochs:g}, but training ends after {self.training.epochs} epochs.")
-        if self.loss.contrast_weight > 0 and self.batch.views * self.batch.utterances_per_speaker < 2:
+        if self.loss.contrasts and self.batch.views * self.batch.utterances_per_speaker < 2:
             raise ValueError(
                 "The contrastive term needs two views or two utterances of a speaker in a batch, got batch.views 1 and "
-                "batch.utterances_per_speaker 1. Raise one of them, or set loss.contrast_weight to 0."
+                "batch.utterances_per_speaker 1. Raise one of them, or set loss.kind to aam."
             )
 
 

@@ -19,7 +19,15 @@ from raysv.learning.checkpoint import (
     load_training_state,
 )
 
-FILES = {"README.md", "checkpoint.yaml", "encoder.pt", "training_state.pt", "metrics.jsonl", "det.csv"}
+FILES = {
+    "README.md",
+    "checkpoint.yaml",
+    "encoder.pt",
+    "training_state.pt",
+    "metrics.jsonl",
+    "det.csv",
+    "dev_scores.npy",
+}
 
 
 class Payload:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysv.config import (
+    LOSS_KEYS,
     AugmentConfig,
     BatchConfig,
     Config,
@@ -110,7 +111,7 @@ def test_a_configuration_survives_the_way_through_a_file(tmp_path):
         ({"augment": {"kinds": [1]}}, ["augment.kinds must be a list of texts, got [1]"]),
         (
             {"batch": {"views": 1, "utterances_per_speaker": 1}},
-            ["batch.views", "batch.utterances_per_speaker", "loss.contrast_weight to 0"],
+            ["batch.views", "batch.utterances_per_speaker", "loss.kind to aam"],
         ),
         (
             {"optimizer": {"warmup_epochs": 2.5}, "training": {"epochs": 2}},
@@ -128,8 +129,17 @@ def test_a_bad_value_is_named_in_one_sentence(tree, parts):
 
 
 def test_without_the_contrast_one_view_of_one_utterance_will_do():
-    tree = {"batch": {"views": 1, "utterances_per_speaker": 1}, "loss": {"contrast_weight": 0}}
-    assert config_from_dict(tree).batch.views == 1
+    for loss in ({"contrast_weight": 0}, {"kind": "aam"}):
+        tree = {"batch": {"views": 1, "utterances_per_speaker": 1}, "loss": loss}
+        assert config_from_dict(tree).batch.views == 1
+
+
+def test_every_key_that_belongs_to_some_kinds_of_loss_is_one_and_a_loss_alone_needs_no_weight():
+    keys = [key for belonging in LOSS_KEYS.values() for key in belonging]
+    assert len(set(keys)) == len(keys)
+    assert {item.name for item in dataclasses.fields(LossConfig)} == {"kind", *keys}
+    alone = LossConfig(kind="supcon", contrast_weight=0)
+    assert alone.contrasts and not alone.classifies
 
 
 def test_a_warm_up_may_last_as_long_as_the_training():

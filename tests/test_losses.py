@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raysv.config import LossConfig
-from raysv.learning.losses import AAMSoftmax, AAMSupCon, supcon_loss
+from raysv.learning.losses import AAMSoftmax, AAMSupCon, nearest_accuracy, supcon_loss
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "loss_vectors.json").read_text(encoding="utf-8"))
 CASES = {case["id"]: case for case in VECTORS["cases"]}
@@ -415,6 +415,46 @@ def test_zero_weight_leaves_the_contrast_out(monkeypatch):
     losses = AAMSupCon(LossConfig(contrast_weight=0.0), 3, 5).double()(embeddings, speakers)
     assert losses.supcon == 0
     assert losses.total == losses.aam
+
+
+def test_each_term_may_stand_alone():
+    embeddings, speakers = random_batch(6, 2, 5, speakers=3)
+    both = AAMSupCon(LossConfig(), 3, 5).double()
+    terms = both(embeddings, speakers)
+    aam = AAMSupCon(LossConfig(kind="aam"), 3, 5).double()
+    aam.load_state_dict(both.state_dict())
+    alone = aam(embeddings, speakers)
+    assert (alone.total, alone.supcon, alone.accuracy) == (terms.aam, 0, terms.accuracy)
+    supcon = AAMSupCon(LossConfig(kind="supcon", contrast_weight=7.0), 3, 5).double()
+    alone = supcon(embeddings, speakers)
+    assert (alone.total, alone.aam) == (terms.supcon, 0)  # a weight weighs against something
+    assert list(supcon.parameters()) == []
+    supcon.margin = 0.3  # a schedule may say so; there is nothing to set
+    assert supcon.margin == 0
+
+
+def test_the_accuracy_of_the_contrast_alone_is_that_of_nearest_neighbours():
+    towards = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.8, 0.3]])[:, None]
+    speakers = torch.tensor([0, 0, 1, 1])
+    assert nearest_accuracy(towards, speakers) == 0.75  # the last one is closest to speaker 0, all others to their own
+    losses = AAMSupCon(LossConfig(kind="supcon"), 2, 2)(towards, speakers)
+    assert losses.accuracy == 0.75
+
+
+def test_a_margin_of_the_contrast_is_taken_from_the_cosines_of_positives():
+    """Against the definition, written out anchor by anchor."""
+    embeddings, speakers = random_batch(5, 2, 4, speakers=2)
+    unit, labels = F.normalize(embeddings.flatten(0, 1), dim=1), speakers.repeat_interleave(2).tolist()
+    margin, temperature, terms = 0.15, 0.2, []
+    for anchor, row in enumerate(unit):
+        others = [other for other in range(len(unit)) if other != anchor]
+        logits = {k: float(row @ unit[k] - margin * (labels[k] == labels[anchor])) / temperature for k in others}
+        total = math.log(sum(math.exp(logit) for logit in logits.values()))
+        own = [logits[k] - total for k in others if labels[k] == labels[anchor]]
+        terms.append(-sum(own) / len(own))
+    expected = sum(terms) / len(terms)
+    assert float(supcon_loss(embeddings, speakers, temperature, margin)) == pytest.approx(expected, rel=1e-12)
+    assert supcon_loss(embeddings, speakers, temperature, margin) > supcon_loss(embeddings, speakers, temperature)
 
 
 def test_bf16_autocast_leaves_the_loss_in_float32():

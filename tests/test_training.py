@@ -101,6 +101,14 @@ def test_every_metric_is_a_plain_number(undisturbed):
         assert metrics["loss/total"] == pytest.approx(metrics["loss/aam"] + metrics["loss/supcon"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "terms"), [("aam", {"loss/aam"}), ("supcon", {"loss/supcon"})])
+def test_a_loss_of_one_term_trains_and_reports_that_term_alone(root, kind, terms):
+    (metrics,) = trained(tiny_config(root, loss__kind=kind, training__epochs=1))
+    assert metrics.keys() & {"loss/aam", "loss/supcon"} == terms
+    assert metrics["loss/total"] == metrics[terms.pop()]
+    assert 0 <= metrics["train/accuracy"] <= 1
+
+
 def test_schedules_are_reported_as_the_last_step_saw_them(root):
     config = tiny_config(root, loss__margin_warmup_epochs=1.0, training__epochs=1)
     (metrics,) = trained(config)

@@ -6,6 +6,7 @@ encoder.pt           weights of the encoder: all that verification needs
 training_state.pt    class weights and optimiser: all that going on needs besides
 metrics.jsonl        one line per epoch
 det.csv              the DET curve on the dev pairs
+dev_scores.npy       their scores, in the order of the list
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from raysv.config import Config, config_from_dict, config_to_dict, read_yaml, write_yaml
@@ -31,6 +33,7 @@ from raysv.verification.metrics import det_curve
 
 DET_POINTS = 300
 TRAINING_STATE = "training_state.pt"
+SCORES = "dev_scores.npy"
 HISTORY = "metrics.jsonl"
 
 
@@ -76,6 +79,7 @@ def save_checkpoint(folder: Path, standing: Standing, encoder: SpeakerEncoder, t
         rows = csv.writer(file)
         rows.writerow(["p_miss", "p_fa"])
         rows.writerows(zip(*det_curve(standing.dev.scores, standing.dev.same_speaker, DET_POINTS), strict=True))
+    np.save(folder / SCORES, standing.dev.scores.astype(np.float32))
     (folder / "README.md").write_text(_readme(standing), encoding="utf-8")
     write_yaml(description, folder / "checkpoint.yaml")
 

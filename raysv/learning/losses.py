@@ -26,7 +26,7 @@ class Losses(NamedTuple):
     accuracy: Tensor
 
 
-def supcon_loss(embeddings: Tensor, speakers: Tensor, temperature: float) -> Tensor:
+def supcon_loss(embeddings: Tensor, speakers: Tensor, temperature: float, margin: float = 0.0) -> Tensor:
     """Supervised contrastive loss: pull the views of a speaker together, push others away.
 
     The mean is over all anchors, one per view. An anchor without a positive (one view of a speaker seen once) counts
@@ -37,16 +37,21 @@ def supcon_loss(embeddings: Tensor, speakers: Tensor, temperature: float) -> Ten
         embeddings: `(batch, views, dim)`, of any length.
         speakers: `(batch,)` integer labels; equal labels are positives.
         temperature: divides the cosines; smaller weighs hard pairs more.
+        margin: taken from the cosines of positives, above and below the fraction bar.
 
     Returns: a scalar. Memory grows with `(batch · views)²`.
-    Source: Khosla et al. 2020, arXiv 2004.11362, eq. 2; for speakers, arXiv 2210.16636.
+    Source: Khosla et al. 2020, arXiv 2004.11362, eq. 2; for speakers, arXiv 2210.16636. The margin is that of the
+        public code of arXiv 2210.16622, whose text puts one on the angle, and only above the bar.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         unit = _unit(embeddings.flatten(0, 1))
         labels = speakers.repeat_interleave(embeddings.shape[1])
         itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
         positives = (labels[:, None] == labels) & ~itself
-        log_share = (unit @ unit.T / temperature).masked_fill(itself, -math.inf).log_softmax(1)
+        cosines = unit @ unit.T
+        if margin:
+            cosines = torch.where(positives, cosines - margin, cosines)
+        log_share = (cosines / temperature).masked_fill(itself, -math.inf).log_softmax(1)
         # where, not a product: on the diagonal it would be 0 · −∞
         attraction = torch.where(positives, log_share, 0.0).sum(1) / positives.sum(1).clamp(min=1)
         return -attraction.mean()
@@ -99,11 +104,11 @@ class AAMSoftmax(nn.Module):
 
 
 class AAMSupCon(nn.Module):
-    """AAM-Softmax plus `contrast_weight` times SupCon.
+    """AAM-Softmax plus `contrast_weight` times SupCon, or one of them alone.
 
     Args:
-        config: margin, scale and fall-back of AAM-Softmax and which views it classifies; temperature and weight of the
-            contrast.
+        config: which terms; margin, scale and fall-back of AAM-Softmax and which views it classifies; temperature,
+            margin and weight of the contrast.
         num_speakers: speakers of the training list, which the data tell.
         embedding_dim: length of an embedding.
 
@@ -113,27 +118,47 @@ class AAMSupCon(nn.Module):
     def __init__(self, config: LossConfig, num_speakers: int, embedding_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.aam = AAMSoftmax(num_speakers, embedding_dim, config.margin, config.scale, config.fallback)
+        self.aam = (
+            AAMSoftmax(num_speakers, embedding_dim, config.margin, config.scale, config.fallback)
+            if config.classifies
+            else None
+        )
 
     @property
     def margin(self) -> float:
-        """The margin of AAM-Softmax in radians, which a schedule may set between steps."""
-        return self.aam.margin
+        """The margin of AAM-Softmax in radians, which a schedule may set between steps; 0 without that term."""
+        return self.aam.margin if self.aam else 0.0
 
     @margin.setter
     def margin(self, margin: float) -> None:
-        self.aam.margin = margin
+        if self.aam:
+            self.aam.margin = margin
 
     def forward(self, embeddings: Tensor, speakers: Tensor) -> Losses:
-        """The losses of embeddings `(batch, views, dim)` whose speakers are `(batch,)`; the accuracy is AAM's."""
-        classified = embeddings if self.config.aam_views == "all" else embeddings[:, :1]
-        labels = speakers.repeat_interleave(classified.shape[1])
-        rows = classified.flatten(0, 1)
-        aam, accuracy = self.aam(rows, labels)
-        if self.config.contrast_weight == 0:
-            return Losses(aam, aam, aam.new_zeros(()), accuracy)
-        supcon = supcon_loss(embeddings, speakers, self.config.temperature)
-        return Losses(aam + self.config.contrast_weight * supcon, aam, supcon, accuracy)
+        """The losses of embeddings `(batch, views, dim)` whose speakers are `(batch,)`.
+
+        The accuracy is AAM's; without that term, the share of views that are closest to another of their speaker.
+        """
+        config = self.config
+        supcon = embeddings.new_zeros(())
+        if config.contrasts:
+            supcon = supcon_loss(embeddings, speakers, config.temperature, config.contrast_margin)
+        if self.aam is None:
+            return Losses(supcon, supcon.new_zeros(()), supcon, nearest_accuracy(embeddings, speakers))
+        classified = embeddings if config.aam_views == "all" else embeddings[:, :1]
+        aam, accuracy = self.aam(classified.flatten(0, 1), speakers.repeat_interleave(classified.shape[1]))
+        total = aam + config.contrast_weight * supcon if config.contrasts else aam
+        return Losses(total, aam, supcon.to(aam.dtype), accuracy)
+
+
+@torch.no_grad()
+def nearest_accuracy(embeddings: Tensor, speakers: Tensor) -> Tensor:
+    """Of views `(batch, views, dim)` of speakers `(batch,)`, the share whose nearest other view is of their speaker."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        unit = _unit(embeddings.flatten(0, 1))
+        nearest = (unit @ unit.T).fill_diagonal_(-math.inf).argmax(1)
+    labels = speakers.repeat_interleave(embeddings.shape[1])
+    return (labels[nearest] == labels).float().mean()
 
 
 def _unit(vectors: Tensor) -> Tensor:

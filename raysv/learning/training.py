@@ -145,9 +145,12 @@ class _Run:
             if (step + 1) % CHECK_STEPS == 0 or step + 1 == steps:
                 self._refuse_divergence(totals, epoch, step + 1)
         seconds = time.perf_counter() - started
+        loss = self.config.loss
+        terms = {"loss/aam": loss.classifies, "loss/supcon": loss.contrasts}
+        measured = dict(zip(MEASURES, (totals / steps).tolist(), strict=True))
         return {
             "epoch": epoch,
-            **dict(zip(MEASURES, (totals / steps).tolist(), strict=True)),
+            **{name: value for name, value in measured.items() if terms.get(name, True)},
             "schedule/learning_rate": learning_rate,
             "schedule/margin": margin,
             "speed/views_per_second": steps * self.config.batch.size * self.config.batch.views / seconds,
