@@ -37,9 +37,10 @@ from raysv.search import cluster
 from raysv.search.mlflow_store import KIND, check, experiment_id, search_runs
 from raysv.search.results import METRIC, TIME
 from raysv.search.space import Space, space_from_dict
+from raysv.search.stages import EXPERIMENT, OPTUNA_FILE
 from raysv.search.study import open_study
 from raysv.search.trial import Job
-from raysv.search.tuner import EXPERIMENT, OPTUNA_FILE, run_study
+from raysv.search.tuner import run_study
 
 TREE = {
     "batch": {"speakers": 24, "utterances_per_speaker": 9, "views": 1, "crop_seconds": 0.5},
@@ -150,7 +151,7 @@ def main() -> None:
     chosen = parser.parse_args()
     print(machine())
     for workers in chosen.workers:
-        search = {"trials": chosen.trials, "early_stopping": "none", "concurrent_trials": 1}
+        search = {"trials": chosen.trials, "early_stopping": "none", "confirm": 0, "concurrent_trials": 1}
         tree = TREE | {"search": search, "resources": {"workers": workers, "gpus_per_worker": 0.0}}
         space = space_from_dict(tree, "start")
         config = space.config({"loss.margin": 0.2})

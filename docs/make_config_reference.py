@@ -24,6 +24,9 @@ loss: {{margin: {{uniform: [0.1, 0.5]}}, temperature: {{loguniform: [0.03, 0.3]}
 batch: {{utterances_per_speaker: {{int: [2, 4]}}}}
 ```
 
+A range may depend on choices: `{{loguniform: [0.03, 0.3], when: {{loss.kind: [aam_supcon, supcon]}}}}` is searched only
+where the trial's `loss.kind` is one of these, and the key keeps its default elsewhere.
+
 `--set loss.margin=0.3` sets one value from the command line, `--set 'loss.margin={{uniform: [0, 0.3]}}'` opens one.
 `${{NAME}}` in a text is replaced from the environment. Lists of `data` are looked up below `data.root`.
 """

@@ -90,7 +90,7 @@ def _read_source(chosen: argparse.Namespace, uri: str) -> Space:
     else:
         folder = find_study(chosen.results, source)
         tree, name = read_study(folder).best_config(), folder.name
-    once = {"search": {"trials": 1, "early_stopping": "none"}}
+    once = {"search": {"trials": 1, "early_stopping": "none", "confirm": 0}}
     space = space_from_dict(with_values(tree, settings) | once, f"train-{name}")
     if space.ranges:
         raise ValueError(f"{source} leaves {', '.join(space.ranges)} open. Search it with raysv.tune, or --set them.")

@@ -3,10 +3,11 @@
     python -m raysv.tune search_spaces/demo.yaml
     python -m raysv.tune search_spaces/aam_supcon.yaml --set data.root=/corpora/cnceleb --set search.trials=60
     python -m raysv.tune search_spaces/demo.yaml --resume          # go on with the last study of this space
+    python -m raysv.tune my_space.yaml --warm-start STUDY          # begin with what an earlier study has learned
     ray submit cluster/local.yaml raysv/tune.py -- search_spaces/aam_supcon.yaml
 
-A study lands in results/STUDY/: best_config.yaml, trials.csv, optuna.db and the trials' checkpoints. MLflow's store is
-mlflow.db in this folder, or wherever MLFLOW_TRACKING_URI points.
+A study lands in results/STUDY/: best_config.yaml, trials.csv, confirmation.yaml, optuna.db and the trials' checkpoints.
+MLflow's store is mlflow.db in this folder, or wherever MLFLOW_TRACKING_URI points.
 """
 
 from __future__ import annotations
@@ -19,11 +20,32 @@ from pathlib import Path
 from raysv.config import parse_settings
 from raysv.corpus.sets import Corpus
 from raysv.search.mlflow_store import check, default_tracking_uri, runs_link
+from raysv.search.page import REPORT_FILE
 from raysv.search.space import Space, read_space
-from raysv.search.study import BEST_FILE, TRIALS_FILE, Study, find_study, load_space, open_study, read_study, started
-from raysv.search.tuner import EXPERIMENT, check_data, run_study
+from raysv.search.stages import EXPERIMENT
+from raysv.search.study import (
+    BEST_FILE,
+    TRIALS_FILE,
+    Study,
+    find_study,
+    load_space,
+    note_start,
+    open_study,
+    read_study,
+    started,
+)
+from raysv.search.tuner import check_data, run_study
+from raysv.search.warmstart import earlier_trials
 from raysv.search.wording import python, shown
 
+SAMPLERS = {
+    "tpe": "Optuna's TPE",
+    "gp": "Optuna's Gaussian process",
+    "quasirandom": "Sobol's sequence",
+    "random": "chance",
+    "grid": "every combination",
+}
+STOPPING = {"asha": "ASHA", "hyperband": "Hyperband", "median": "the median rule"}
 DEFAULT_SPACE = Path("search_spaces/demo.yaml")
 
 
@@ -37,6 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("space", nargs="?", default=DEFAULT_SPACE, type=Path, help=f"YAML (default: {DEFAULT_SPACE})")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set or open any key")
+    parser.add_argument(
+        "--confirm",
+        type=int,
+        metavar="K",
+        help="configurations to train again from new seeds (0: none; search.confirm)",
+    )
+    parser.add_argument(
+        "--warm-start", action="append", default=[], metavar="STUDY", help="learn from an earlier study's trials"
+    )
     parser.add_argument("--name", help="of the study (default: the space's name and the time)")
     parser.add_argument("--resume", nargs="?", const="", metavar="STUDY", help="go on with a study (default: the last)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where studies are kept")
@@ -52,10 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _tune(chosen: argparse.Namespace) -> int:
     resume = chosen.resume is not None
     if resume:
-        if chosen.set or chosen.skip_bad_audio or chosen.name:
-            raise ValueError(
-                "--resume goes on with a study as it was started; --set, --name, --skip-bad-audio do not fit."
-            )
+        options = {"--set": chosen.set, "--name": chosen.name, "--skip-bad-audio": chosen.skip_bad_audio}
+        options |= {"--confirm": chosen.confirm is not None, "--warm-start": chosen.warm_start}
+        if given := [option for option, value in options.items() if value]:
+            raise ValueError(f"--resume goes on with a study as it was started; {', '.join(given)} does not fit.")
         folder = find_study(chosen.results, chosen.resume or chosen.space.stem)
         space = load_space(folder)
         uri = started(folder)["tracking_uri"]
@@ -68,21 +99,32 @@ def _tune(chosen: argparse.Namespace) -> int:
         settings = parse_settings(chosen.set)
         if chosen.skip_bad_audio:
             settings["data.skip_bad_audio"] = True
+        if chosen.confirm is not None:
+            settings["search.confirm"] = chosen.confirm
         space = read_space(chosen.space, settings)
         uri = default_tracking_uri(Path.cwd())
     check(uri)
     corpus = check_data(space)
+    # broken off before its first trial, it starts anew, with what it was to know
+    names = started(folder).get("warm_start", []) if resume and not study.trials else chosen.warm_start
+    known = [earlier_trials(space, find_study(chosen.results, name), corpus.digest) for name in names]
     if not resume:
         folder = open_study(space, chosen.results, uri, chosen.name)
+        note_start(folder, warm_start=[earlier.study for earlier in known])
     _introduce(space, folder, uri, corpus)
-    study = run_study(space, folder, corpus, uri, resume=resume)
+    for earlier in known:
+        print(f"Knows    {earlier}", flush=True)
+    trials = [trial for earlier in known for trial in earlier.trials]
+    study = run_study(space, folder, corpus, uri, resume=resume, earlier=trials)
     return _conclude(study, folder, uri)
 
 
 def _introduce(space: Space, folder: Path, uri: str, corpus: Corpus) -> None:
     searched = "\n         ".join(f"{key}: {span}" for key, span in space.ranges.items()) or "nothing, a single run"
-    stopping = "stopped early by ASHA" if space.search.early_stopping == "asha" else "all to the end"
+    early, sampler = space.search.early_stopping, space.search.sampler
+    stopping = "all to the end" if early == "none" else f"stopped early by {STOPPING[early]}"
     print(f"Study    {folder.name}: {space.search.trials} trials of up to {space.epochs} epochs, {stopping}")
+    print(f"Proposes {SAMPLERS[sampler]}, after {len(space.first_points())} published settings")
     print(f"Searches {searched}")
     print(f"Data     {space.tree['data']['root']}: {corpus}")
     print(f"Results  {folder}\nMLflow   {uri}", flush=True)
@@ -92,14 +134,21 @@ def _conclude(study: Study, folder: Path, uri: str) -> int:
     """Print what was found and what to do next."""
     print(f"\n{study.table()}\n")
     if study.unfinished:
-        print(f"Broken off with {study.unfinished} trials to go. Go on with:")
+        what = "trials" if study.unsearched else "confirming runs"
+        print(f"Broken off with {study.unfinished} {what} to go. Go on with:")
         print(f"  {python()} -m raysv.tune --resume {shown(folder)}")
         return 130
     if study.best is None:
         print(f"No trial ended well. The reasons are above and in {shown(folder / TRIALS_FILE)}", file=sys.stderr)
         return 1
-    print(f"Best: {study.best.name}, EER {100 * study.best.eer:.2f} % on the dev pairs.\n\nNext:")
+    if study.confirmation:
+        print(f"Trained again from {len(study.confirmation.seeds)} new seeds:\n\n{study.confirmed_table()}\n")
+        print(f"Best: {study.confirmation.verdict()}\n\nNext:")
+    else:
+        print(f"Best: {study.best.name}, EER {100 * study.best.eer:.2f} % on the dev pairs.\n\nNext:")
     print(f"  {python()} -m raysv.train {shown(folder / BEST_FILE)}    # train it alone and test it")
+    if (folder / REPORT_FILE).is_file():
+        print(f"  {shown(folder / REPORT_FILE)}    # what was found, as a page for a browser")
     if uri.startswith("sqlite"):
         print(f"  {python()} -m mlflow server --backend-store-uri {shlex.quote(uri)}    # then compare the trials at")
     print(f"  {runs_link(uri, EXPERIMENT, folder.name)}")

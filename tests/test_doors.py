@@ -23,7 +23,7 @@ SPACE = {
     "loss": {"margin": {"uniform": [0.0, 0.5]}, "temperature": {"loguniform": [0.03, 0.5]}},
     "optimizer": {"learning_rate": 3e-3},
     "training": {"epochs": EPOCHS},
-    "search": {"trials": TRIALS},
+    "search": {"trials": TRIALS, "confirm": 0},
 }
 
 
@@ -37,7 +37,7 @@ class Desk:
             "RAY_ADDRESS": "local",  # a private instance, whatever else runs on this machine
             "MLFLOW_TRACKING_URI": "",
         }
-        for door in ("tune", "train", "verify"):
+        for door in ("tune", "train", "verify", "report"):
             shutil.copy(SOURCE / "raysv" / f"{door}.py", folder)
         (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
 
@@ -129,6 +129,60 @@ def test_mlflow_holds_the_study_its_trials_and_their_curves_without_a_gap(desk: 
         assert {"raysv.git", "raysv.data_hash", "raysv.seed"} <= run.data.tags.keys()
         artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
         assert {"config.yaml", "best_checkpoint", "det.png"} <= artifacts
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning")
+def test_a_study_confirms_its_best_from_new_seeds_although_it_is_killed_meanwhile(desk: Desk) -> None:
+    options = ("--name", "confirmed", "--confirm", "1", "--set", "search.trials=3", "--set", "search.confirm_seeds=2")
+    driver = desk.open("tune.py", "space.yaml", *options)
+    printed_until(driver, f"c000  epoch 2/{EPOCHS}")
+    driver.kill()
+    driver.wait()
+    assert driver.stdout is not None
+    driver.stdout.close()
+    time.sleep(5)  # its workers notice, and end
+    words = desk.run("tune.py", "--resume", "confirmed")
+    folder = desk.folder / "results" / "confirmed"
+    confirmed = yaml.safe_load((folder / "confirmation.yaml").read_text())
+    assert confirmed["seeds"] == [1, 2]
+    assert all(len(standing["eers"]) == 2 for standing in confirmed["standings"])
+    winner = confirmed["standings"][0]
+    assert f"Best: {winner['name']} has the lowest mean EER" in words
+    best = yaml.safe_load((folder / "best_config.yaml").read_text())
+    assert best["loss"]["margin"] == winner["values"]["loss.margin"]
+    assert best["training"]["seed"] == 0
+    assert "<svg" in (folder / "report.html").read_text()
+
+    client = MlflowClient(f"sqlite:///{desk.folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("raysv")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], "tags.`raysv.study` = 'confirmed'")
+    again = [run for run in runs if run.data.tags["raysv.kind"] == "confirmation"]
+    assert sorted(run.data.params["training.seed"] for run in again) == sorted("12" * len(confirmed["standings"]))
+    assert {run.data.tags["raysv.outcome"] for run in again} == {"complete"}
+    (parent,) = [run for run in runs if run.data.tags["raysv.kind"] == "study"]
+    assert parent.info.status == "FINISHED"
+    assert {"report.html", "best_config.yaml", "confirmation.yaml", "figures"} <= {
+        item.path for item in client.list_artifacts(parent.info.run_id)
+    }
+    assert "is complete" in desk.run("tune.py", "--resume", "confirmed")
+
+
+@pytest.mark.slow
+def test_a_study_learns_from_an_earlier_one(desk: Desk, study: tuple[Path, str]) -> None:
+    earlier, _ = study
+    words = desk.run("tune.py", "space.yaml", "--name", "later", "--warm-start", "killed", "--set", "search.trials=1")
+    assert f"Knows    {len(trials_of(earlier))} trials of killed" in words
+    assert len(trials_of(desk.folder / "results" / "later")) == 1
+
+
+@pytest.mark.slow
+def test_the_report_of_a_study_is_a_page(desk: Desk, study: tuple[Path, str]) -> None:
+    folder, _ = study
+    (folder / "report.html").unlink()
+    assert str(folder / "report.html") in desk.run("report.py", "killed")
+    assert "Learning curves" in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -5,13 +5,14 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC, TIME
+from raysv.search.samplers import make_sampler
+from raysv.search.space import Range
 
-SPACE = {"loss.margin": FloatDistribution(0.1, 0.5), "loss.scale": FloatDistribution(16, 64, log=True)}
+SPACE = {"loss.margin": Range("uniform", (0.1, 0.5)), "loss.scale": Range("loguniform", (16.0, 64.0))}
 EPOCHS = 4
 
 
@@ -53,7 +54,7 @@ def killed_and_restored(search: OptunaProposals, storage: str, snapshot: Path, *
 
 
 def test_a_proposal_lies_in_the_space(storage: str) -> None:
-    values = proposals(storage, seed=0).suggest("a")
+    values = proposals(storage).suggest("a")
     assert values is not None and values.keys() == SPACE.keys()
     assert 0.1 <= values["loss.margin"] <= 0.5 and 16 <= values["loss.scale"] <= 64
 
@@ -108,7 +109,7 @@ def test_a_study_that_goes_on_does_not_try_its_points_again(storage: str) -> Non
 
 def test_the_same_seed_proposes_the_same_values(tmp_path: Path) -> None:
     def values(name: str) -> list[Any]:
-        search = proposals(f"sqlite:///{tmp_path / name}", seed=3)
+        search = proposals(f"sqlite:///{tmp_path / name}", sampler=make_sampler("tpe", SPACE, 3))
         seen = []
         for number in range(7):  # beyond the random start
             seen.append(search.suggest(str(number)))
@@ -127,7 +128,7 @@ def test_nothing_to_search_still_makes_a_study(storage: str) -> None:
 
 
 def test_choices_are_proposed_as_they_are_written(storage: str) -> None:
-    search = proposals(storage, space={"optimizer.name": CategoricalDistribution(["adamw", "sgd"])})
+    search = proposals(storage, space={"optimizer.name": Range("choice", ("adamw", "sgd"))})
     values = search.suggest("a")
     assert values is not None and values["optimizer.name"] in ("adamw", "sgd")
 
@@ -174,8 +175,11 @@ def test_a_trial_that_tune_forgot_in_a_kill_failed_and_its_point_is_tried_again(
     search.suggest("forgotten too")
 
     search = killed_and_restored(search, storage, tmp_path / "snapshot")
-    assert [trial.state for trial in stored(storage)] == [TrialState.FAIL, TrialState.FAIL, TrialState.WAITING]
+    failed, drawn, *waiting = stored(storage)
+    assert [failed.state, drawn.state] == [TrialState.FAIL, TrialState.FAIL]
+    assert [trial.state for trial in waiting] == [TrialState.WAITING, TrialState.WAITING]
     assert search.suggest("a") == {"loss.margin": 0.2, "loss.scale": 30.0}
+    assert search.suggest("b") == drawn.params  # a proposal that nobody tried is as good as ever
 
 
 def test_a_trial_that_only_the_search_knew_before_a_kill_is_forgotten_and_its_point_is_tried_again(
@@ -225,3 +229,31 @@ def test_the_success_of_a_retry_is_added(storage: str, retry: str) -> None:
 def test_optuna_talks_only_when_something_is_wrong(storage: str) -> None:
     proposals(storage)
     assert optuna.logging.get_verbosity() == logging.WARNING
+
+
+CONDITIONAL = {
+    "loss.kind": Range("choice", ("aam", "aam_supcon")),
+    "loss.margin": Range("uniform", (0.0, 0.5)),
+    "loss.temperature": Range("loguniform", (0.03, 0.5), {"loss.kind": ("aam_supcon",)}),
+}
+
+
+def test_what_depends_on_a_choice_is_proposed_only_there(storage: str) -> None:
+    search = proposals(storage, CONDITIONAL, sampler=make_sampler("tpe", CONDITIONAL, 0))
+    seen = set()
+    for number in range(14):  # beyond the random start
+        values = search.suggest(str(number))
+        assert values is not None
+        assert ("loss.temperature" in values) == (values["loss.kind"] == "aam_supcon")
+        seen.add(values["loss.kind"])
+        search.on_trial_complete(str(number), result(EPOCHS, 0.1 + values["loss.margin"], **in_config(values)))
+    assert seen == {"aam", "aam_supcon"}
+
+
+def test_the_success_of_a_retry_is_added_without_what_it_did_not_have(storage: str) -> None:
+    search = proposals(storage, CONDITIONAL, points=[{"loss.kind": "aam", "loss.margin": 0.2}])
+    values = search.suggest("a")
+    assert values == {"loss.kind": "aam", "loss.margin": 0.2}
+    search.on_trial_complete("a", error=True)
+    search.on_trial_complete("a", result(EPOCHS, 0.1, **in_config(values)))
+    assert stored(storage)[1].params == values

@@ -18,6 +18,18 @@ OPEN = {
 }
 
 
+NEIGHBOURS = ("paper", "wespeaker", "3D-Speaker", "paper, at the temperature that SimCLR takes for speakers")
+WITH_CONTRAST = {"when": {"loss.kind": ["aam_supcon", "supcon"]}}
+LOSSES = ("aam", "supcon", "aam_supcon")
+KINDS = {
+    "loss": {
+        "temperature": {"loguniform": [0.03, 0.5]} | WITH_CONTRAST,
+        "scale": {"loguniform": [16, 64], "when": {"loss.kind": ["aam", "aam_supcon"]}},
+        "kind": {"choice": ["aam", "aam_supcon", "supcon"]},
+    }
+}
+
+
 def written(folder, tree, name="small.yaml"):
     path = folder / name
     path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree), encoding="utf-8")
@@ -100,10 +112,20 @@ def test_the_paper_s_setting_is_tried_first():
         "search": {"published": 4},
     }
     points = space_from_dict(tree, "").first_points()
-    assert points[0] == PAPER
-    assert points == list(PUBLISHED)
+    assert points == [{key: published[key] for key in points[0]} for published in map(PUBLISHED.get, NEIGHBOURS)]
+    assert points[0].items() <= PAPER.items()
     tree["search"]["published"] = 1
-    assert space_from_dict(tree, "").first_points() == [PAPER]
+    assert space_from_dict(tree, "").first_points() == points[:1]
+
+
+def test_published_settings_are_tried_with_the_loss_that_they_have():
+    points = space_from_dict(KINDS | {"search": {"published": 5}}, "").first_points()
+    assert points == [
+        {"loss.kind": "aam_supcon", "loss.scale": 30.0, "loss.temperature": 0.07},
+        {"loss.kind": "aam", "loss.scale": 32.0},
+        {"loss.kind": "aam_supcon", "loss.scale": 30.0, "loss.temperature": 0.03},
+        {"loss.kind": "aam", "loss.scale": 30.0},
+    ]
 
 
 def test_first_points_are_complete_inside_the_ranges_and_different():
@@ -165,10 +187,31 @@ def test_a_batch_may_give_each_worker_a_single_utterance():
     assert space_from_dict(tree, "").resources.workers == 4
 
 
-def test_a_space_survives_the_way_through_its_dict_and_a_file(tmp_path):
-    space = read_space(written(tmp_path, OPEN))
+@pytest.mark.parametrize("tree", [OPEN, KINDS])
+def test_a_space_survives_the_way_through_its_dict_and_a_file(tmp_path, tree):
+    space = read_space(written(tmp_path, tree))
     assert space_from_dict(space.to_dict(), "small") == space
     assert read_space(written(tmp_path, space.to_dict())) == space
+
+
+def test_what_depends_on_a_choice_comes_after_it_and_is_open_where_it_fits():
+    ranges = space_from_dict(KINDS, "").ranges
+    assert list(ranges) == ["loss.kind", "loss.temperature", "loss.scale"]
+    is_open = {kind: [key for key, span in ranges.items() if span.is_open({"loss.kind": kind})] for kind in LOSSES}
+    assert is_open == {
+        "aam": ["loss.kind", "loss.scale"],
+        "supcon": ["loss.kind", "loss.temperature"],
+        "aam_supcon": ["loss.kind", "loss.temperature", "loss.scale"],
+    }
+    assert str(ranges["loss.temperature"]) == "0.03 to 0.5 (log), where loss.kind is aam_supcon or supcon"
+
+
+def test_a_grid_holds_every_value_and_tries_nothing_first():
+    tree = {"loss": {"margin": {"choice": [0, 0.2]}}, "batch": {"views": {"int": [2, 4]}}}
+    space = space_from_dict(tree | {"search": {"sampler": "grid", "trials": 6}}, "")
+    assert space.grid() == {"loss.margin": [0, 0.2], "batch.views": [2, 3, 4]}
+    assert space.first_points() == []
+    assert space_from_dict(OPEN, "").grid() is None
 
 
 def test_settings_close_and_open_keys(tmp_path):
@@ -246,7 +289,7 @@ def test_folders_are_settled_where_the_study_is_started(tmp_path, monkeypatch):
         ({"search": {"trails": 3}}, ["Unknown key search.trails.", "Did you mean trials?"]),
         ({"search": {"trials": {"int": [1, 2]}}}, ["search.trials must be a whole number"]),
         ({"search": {"trials": 0}}, ["search.trials must be at least 1"]),
-        ({"search": {"early_stopping": "hyperband"}}, ["search.early_stopping must be one of asha, none"]),
+        ({"search": {"early_stopping": "sha"}}, ["search.early_stopping must be one of asha, hyperband, median, none"]),
         (
             {"resources": {"workers": 2, "gpus_per_worker": 0.5}},
             ["gpus_per_worker is 0.5 with 2 workers", "Set it to 1"],
@@ -263,6 +306,52 @@ def test_folders_are_settled_where_the_study_is_started(tmp_path, monkeypatch):
                 "resources": {"workers": 4},
             },
             ["A batch of 3 utterances", "batch.speakers", "cannot be shared by 4 workers", "resources.workers"],
+        ),
+        (
+            {"loss": {"kind": {"choice": ["aam", "aam_supcon"]}, "temperature": {"uniform": [0.1, 1]}}},
+            ["loss.temperature means nothing where loss.kind is aam", "Add when: {loss.kind: [aam_supcon]}"],
+        ),
+        (
+            {"loss": {"kind": "supcon", "margin": {"uniform": [0.1, 1]}}},
+            ["loss.margin means nothing where loss.kind is supcon", "Do not open it."],
+        ),
+        (
+            {"loss": {"kind": "aam_supcon", "margin": {"uniform": [0.1, 1], "when": {"loss.kind": ["aam"]}}}},
+            ["loss.margin.when names loss.kind, which is no choice that is open everywhere"],
+        ),
+        (
+            {"loss": {"margin": {"uniform": [0.1, 1], "when": {"loss.scale": [30]}}, "scale": {"uniform": [10, 40]}}},
+            ["loss.margin.when names loss.scale, which is no choice"],
+        ),
+        (
+            {"loss": {"kind": {"choice": ["aam", "aam_supcon"]}, "temperature": {"int": [1, 2], "when": ["aam"]}}},
+            ["loss.temperature.when takes other keys and lists of their values", "got ['aam']"],
+        ),
+        (
+            {
+                "optimizer": {
+                    "name": {"choice": ["adamw", "sgd"]},
+                    "momentum": {"uniform": [0, 1], "when": {"optimizer.name": ["sdg"]}},
+                }
+            },
+            ["optimizer.momentum.when: optimizer.name is never 'sdg'"],
+        ),
+        ({"loss": {"margin": {"when": {"loss.kind": ["aam"]}}}}, ["loss.margin must be a number"]),
+        (
+            {"loss": {"margin": {"uniform": [0, 0.5]}}, "search": {"sampler": "grid"}},
+            ["search.sampler is grid, but loss.margin has no end of values", "choice or int"],
+        ),
+        (
+            {
+                "loss": {"margin": {"choice": [0, 0.2]}},
+                "batch": {"views": {"int": [2, 4]}},
+                "search": {"sampler": "grid"},
+            },
+            ["The grid has 6 combinations; set search.trials to that, not to 20."],
+        ),
+        (
+            KINDS | {"search": {"sampler": "grid"}},
+            ["search.sampler is grid, but", "loss.temperature", "has no end of values"],
         ),
         (
             {"loss": {"margin_warmup_epochs": {"int": [1, 3]}}, "training": {"epochs": 2}},

@@ -37,7 +37,7 @@ URI = "sqlite:////somewhere/mlflow.db"
 TREE = {
     "loss": {"margin": {"uniform": [0.0, 0.5]}, "scale": {"choice": [30.0, 32.0]}},
     "training": {"epochs": EPOCHS},
-    "search": {"trials": 4},
+    "search": {"trials": 4, "confirm": 0},
     "resources": {"workers": 2},
 }
 
@@ -263,7 +263,7 @@ def test_a_study_that_was_broken_off_tells_how_each_trial_ended(
         monkeypatch.setenv(name, value)
     folder = open_study(space, tmp_path, URI, "mine")
     proposals = OptunaProposals(
-        {key: span.distribution() for key, span in space.ranges.items()},
+        space.ranges,
         epochs=EPOCHS,
         storage=f"sqlite:///{tmp_path / 'optuna.db'}",
         study_name="mine",

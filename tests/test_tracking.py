@@ -23,7 +23,6 @@ from mlflow_fixtures import (
     trial,
     write_checkpoint,
 )
-from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from ray import cloudpickle
 
@@ -31,7 +30,8 @@ from raysv.search import mlflow_store, outbox
 from raysv.search.cards import StudyCard
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC, TIME, outcome
-from raysv.search.stopping import JournaledASHA
+from raysv.search.space import Range
+from raysv.search.stopping import make_stopping
 from raysv.search.tracking import MLflowTracking
 
 pytestmark = mlflow_warnings
@@ -157,13 +157,13 @@ def test_tune_optuna_and_mlflow_tell_the_same_story(tracking_uri: str, tmp_path:
     margins = [0.1, 0.2, 0.5, 0.4, 0.05, 0.3]
     storage = f"sqlite:///{tmp_path / 'optuna.db'}"
     search = OptunaProposals(
-        {"loss.margin": FloatDistribution(0.0, 0.5)},
+        {"loss.margin": Range("uniform", (0.0, 0.5))},
         epochs=EPOCHS,
         storage=storage,
         study_name="study",
         points=[{"loss.margin": margin} for margin in margins],
     )
-    scheduler = JournaledASHA(tmp_path / "asha.jsonl", epochs=EPOCHS, grace_epochs=2, reduction_factor=2)
+    scheduler = make_stopping("asha", tmp_path / "journal", epochs=EPOCHS, grace_epochs=2, reduction_factor=2)
     (tmp_path / "checkpoints").mkdir()
     tuner = ray.tune.Tuner(
         partial(train_stand_in, folder=tmp_path / "checkpoints"),

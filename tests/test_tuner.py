@@ -9,13 +9,15 @@ import pytest
 import ray.tune
 from learning_fixtures import write_audio
 
-from raysv.search import cluster, tuner
+from raysv.search import cluster, stages, tuner
 from raysv.search.cluster import Allotment
+from raysv.search.confirmation import Candidate
 from raysv.search.space import ResourcesConfig, Space, space_from_dict
 from raysv.search.study import open_study, started
+from raysv.search.trial import Job
 
 TREE = {"loss": {"margin": {"uniform": [0.0, 0.5]}}, "search": {"trials": 6}}
-SEARCH_RECORDS = ("optuna.db", "asha.jsonl")
+SEARCH_RECORDS = ("optuna.db", "stopping.jsonl")
 CORPUS: Any = SimpleNamespace(digests={}, digest="abc", left_out={}, train=SimpleNamespace(speakers=[]))
 
 
@@ -104,26 +106,72 @@ def test_a_study_that_starts_anew_takes_the_room_there_is(
     assert tuner._allot(space, folder, resume=False).concurrent_trials == 6
 
 
-@pytest.mark.parametrize("trials", [0, 1])
-def test_a_study_goes_on_with_its_trials_or_starts_anew_where_it_has_none(
-    space: Space, folder: Path, cluster_has_room_for: Any, monkeypatch: pytest.MonkeyPatch, trials: int
-) -> None:
-    done: list[str] = []
+def as_found(trials: int, unsearched: int = 1, **more: Any) -> Any:
+    """A study as far as the tuner looks at one."""
+    nothing = {"broken": 0, "candidates": [], "confirming": [], "confirmation": None, "unfinished": 0}
+    fields = nothing | {"trials": ["x"] * trials, "unsearched": unsearched} | more
+    return SimpleNamespace(**fields, table=lambda: "", write=lambda _: None)
+
+
+@pytest.fixture
+def stages_run(monkeypatch: pytest.MonkeyPatch, cluster_has_room_for: Any) -> list[tuple[str, bool]]:
+    """The stages that a driver runs, and whether it goes on with them."""
+    done: list[tuple[str, bool]] = []
     monkeypatch.setattr(tuner, "TUNE_SETTINGS", {})
     monkeypatch.setattr(cluster, "connect", lambda: "here")
-    monkeypatch.setattr(tuner, "read_study", lambda folder: SimpleNamespace(trials=["x"] * trials, write=done.append))
-    monkeypatch.setattr(ray.tune.Tuner, "restore", lambda *_, **__: SimpleNamespace(fit=lambda: done.append("go on")))
-    monkeypatch.setattr(tuner, "_tuner", lambda *_: SimpleNamespace(fit=lambda: done.append("anew")))
+    monkeypatch.setattr(tuner, "publish", lambda *_: None)
+    monkeypatch.setattr(tuner, "run_stage", lambda stage, *_, resume: done.append((stage.kind, resume)))
     cluster_has_room_for(1)
-    study = tuner.run_study(space, folder, CORPUS, "sqlite:///mlflow.db", resume=True)
-    assert len(study.trials) == trials
-    assert done == ["go on" if trials else "anew", folder]
-    assert all((folder / name).exists() == bool(trials) for name in SEARCH_RECORDS)
+    return done
+
+
+@pytest.mark.parametrize("trials", [0, 1])
+def test_a_study_goes_on_with_its_trials_or_starts_anew_where_it_has_none(
+    space: Space, folder: Path, stages_run: list[Any], monkeypatch: pytest.MonkeyPatch, trials: int
+) -> None:
+    monkeypatch.setattr(tuner, "read_study", lambda _: as_found(trials))
+    tuner.run_study(space, folder, CORPUS, "sqlite:///mlflow.db", resume=True)
+    assert stages_run == [("trial", bool(trials))]
+
+
+@pytest.mark.parametrize("confirming", [0, 1])
+def test_a_study_whose_search_has_ended_goes_on_with_its_confirmation(
+    space: Space, folder: Path, stages_run: list[Any], monkeypatch: pytest.MonkeyPatch, confirming: int
+) -> None:
+    chosen = [Candidate("t000", {"loss.margin": 0.2})]
+    found = as_found(6, unsearched=0, candidates=chosen, confirming=["x"] * confirming, unfinished=1, space=space)
+    monkeypatch.setattr(tuner, "read_study", lambda _: found)
+    tuner.run_study(space, folder, CORPUS, "sqlite:///mlflow.db", resume=True)
+    assert stages_run == [("confirmation", bool(confirming))]
+
+
+def test_a_study_with_trials_that_died_repeats_them_before_it_confirms(
+    space: Space, folder: Path, stages_run: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "read_study", lambda _: as_found(6, unsearched=0, broken=1))
+    tuner.run_study(space, folder, CORPUS, "sqlite:///mlflow.db", resume=True)
+    assert stages_run == [("trial", True)]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_stage_that_starts_anew_leaves_nothing_of_one_that_died_before_its_first_trial(
+    space: Space, folder: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(ray.tune.Tuner, "restore", lambda *_, **__: SimpleNamespace(fit=lambda: done.append("go on")))
+    monkeypatch.setattr(stages, "make_tuner", lambda *_: SimpleNamespace(fit=lambda: done.append("anew")))
+    job = Job(space, 0.0, str(folder), {}, room=1, head="")
+    stages.run_stage(stages.search_stage(space, folder), job, folder, 1, "sqlite:///mlflow.db", resume=resume)
+    assert done == ["go on" if resume else "anew"]
+    assert all((folder / name).exists() == resume for name in SEARCH_RECORDS)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
-    [("optuna.db", None, r"No file .*optuna\.db"), ("asha.jsonl", "hello\n", r"asha\.jsonl, line 1: not an entry")],
+    [
+        ("optuna.db", None, r"No file .*optuna\.db"),
+        ("stopping.jsonl", "hello\n", r"stopping\.jsonl, line 1: not an entry"),
+    ],
 )
 def test_a_study_whose_records_are_lost_or_damaged_does_not_go_on(
     space: Space, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, told: str

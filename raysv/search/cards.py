@@ -10,6 +10,9 @@ from typing import Any
 from raysv.search.results import trial_name
 from raysv.search.wording import short_names, show_value
 
+TRIAL_KIND, CONFIRMING = "trial", "confirmation"  # kinds of a study's runs in MLflow
+LETTERS = {TRIAL_KIND: "t", CONFIRMING: "c"}  # what their names begin with
+
 
 @dataclass(frozen=True)
 class StudyCard:
@@ -22,6 +25,7 @@ class StudyCard:
         resources: of every trial; they go into its `config.yaml` with its configuration.
         space: the whole search space as YAML.
         searched: the dotted keys of the leaves that are open.
+        kind: of the runs that are told of, `trial` or `confirmation`.
         epochs: of a trial that is not stopped early.
         study_id: tells the study from others of its name; the name itself if empty.
         tags: of the study and of every trial.
@@ -38,6 +42,7 @@ class StudyCard:
     space: str
     searched: list[str]
     epochs: int
+    kind: str = TRIAL_KIND
     study_id: str = ""
     tags: dict[str, str] = field(default_factory=dict)
     description: str = ""
@@ -55,10 +60,10 @@ class TrialCard:
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, trial: Any) -> TrialCard:
+    def of(cls, trial: Any, kind: str = TRIAL_KIND) -> TrialCard:
         """Named by its number, from 0, and what it tries, short: MLflow's column of names is narrow."""
         shown = [f"{key}{show_value(value)}" for key, value in _abbreviate(trial.config).items()]
-        return cls(trial.trial_id, " ".join([trial_name(trial), *shown]), dict(trial.config))
+        return cls(trial.trial_id, " ".join([trial_name(trial, LETTERS[kind]), *shown]), dict(trial.config))
 
 
 def _abbreviate(values: Mapping[str, Any]) -> dict[str, Any]:

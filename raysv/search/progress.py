@@ -11,8 +11,11 @@ from typing import Any
 from ray.tune import Callback
 
 from raysv.learning.checkpoint import latest_checkpoint
+from raysv.search.cards import CONFIRMING, LETTERS, TRIAL_KIND
 from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
 from raysv.search.wording import describe_values, duration
+
+WORDS = {TRIAL_KIND: "trials", CONFIRMING: "confirming runs"}
 
 
 class Progress(Callback):
@@ -25,10 +28,12 @@ class Progress(Callback):
         trials, epochs: of the study, to estimate how long it still takes.
         kept: folder of the trials' checkpoints.
         single: a lone run, whose lines need no name of a trial.
+        kind: of the trials, see `StudyCard`; those of a confirmation are runs.
     """
 
-    def __init__(self, trials: int, epochs: int, kept: Path, single: bool = False) -> None:
+    def __init__(self, trials: int, epochs: int, kept: Path, single: bool = False, kind: str = TRIAL_KIND) -> None:
         self._trials, self._epochs, self._kept, self._single = trials, epochs, kept, single
+        self._kind = kind
         self._reached: dict[str, int] = {}  # trial → its last epoch
         self._ended: set[str] = set()
         self._lowest: tuple[float, str] | None = None
@@ -60,7 +65,7 @@ class Progress(Callback):
         value, epoch = result[METRIC], result[TIME]
         self._reached[trial.trial_id] = epoch
         if self._lowest is None or value < self._lowest[0]:
-            self._lowest = value, trial_name(trial)
+            self._lowest = value, self._name(trial)
         lowest = "" if self._single else f"   lowest {100 * self._lowest[0]:.2f} % ({self._lowest[1]})"
         left = self._time_left()
         self._say(trial, f"epoch {epoch}/{self._epochs}   EER {100 * value:.2f} %{lowest}{left}")
@@ -91,7 +96,7 @@ class Progress(Callback):
     def _end(self, trial: Any, words: str) -> None:
         self._ended.add(trial.trial_id)
         self._running.pop(trial.trial_id, None)
-        count = "" if self._single else f"   {len(self._ended)} of {self._trials} trials ended"
+        count = "" if self._single else f"   {len(self._ended)} of {self._trials} {WORDS[self._kind]} ended"
         self._say(trial, words + count)
 
     def _time_left(self) -> str:
@@ -105,8 +110,11 @@ class Progress(Callback):
         seconds = sum(self._seconds) / len(self._seconds) * remaining / len(self._running)
         return f"   about {duration(seconds)} left" if seconds >= 1 else ""
 
+    def _name(self, trial: Any) -> str:
+        return trial_name(trial, LETTERS[self._kind])
+
     def _say(self, trial: Any, text: str) -> None:
-        name = "" if self._single else f"{trial_name(trial)}  "
+        name = "" if self._single else f"{self._name(trial)}  "
         print(f"[{duration(time.monotonic() - self._started):>7}] {name}{text}", flush=True)
 
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.experiment import Trial
 from ray.tune.search.optuna import OptunaSearch
 
+from raysv.search.records import TUNE_SNAPSHOTS
 from raysv.search.results import METRIC, TIME, outcome
-from raysv.search.study import TUNE_SNAPSHOTS
+from raysv.search.samplers import make_sampler
+from raysv.search.space import Range
 
-USUAL_STARTUP_TRIALS = 10  # Optuna's own number of random trials before its model is used
 SQLITE_PATIENCE_SECONDS = 60  # for a lock: a dashboard may be reading
 
 
@@ -34,39 +35,40 @@ class OptunaProposals(OptunaSearch):
 
     Steps are epochs. Optuna's storage is written at once but Tune's snapshot now and then, in several files, so after a
     killed driver the storage may know more, and this search more than Tune: results that come again are ignored, trials
-    that Tune has forgotten become FAIL, and where those were some of the first `points`, these are tried again.
+    that Tune has forgotten become FAIL, and their values are tried again.
 
     Args:
-        space: dotted key of a configuration and what it may be; empty, every proposal is `{}`.
+        space: dotted key of a configuration and what it may be, keys that others depend on first; empty, every proposal
+            is `{}`.
         epochs: of a trial that is not stopped early.
         storage: Optuna's URL of a database, such as `sqlite:////folder/optuna.db`.
         study_name: in that database; a study that is there already goes on.
         points: values to try first, complete or in part; a new study takes them, one that goes on had them.
-        seed: of the default sampler. With several trials at a time the order of their results plays a part too.
-        sampler: instead of TPE over all values together, which takes running trials for bad ones.
+        earlier: trials of other studies that a new one learns from.
+        sampler: see `make_sampler`; TPE if not given.
     """
 
     def __init__(
         self,
-        space: dict[str, BaseDistribution],
+        space: dict[str, Range],
         *,
         epochs: int,
         storage: str,
         study_name: str,
         points: list[dict[str, Any]] | None = None,
-        seed: int | None = None,
+        earlier: Sequence[FrozenTrial] = (),
         sampler: BaseSampler | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._epochs = epochs
-        self._distributions = space
+        self._ranges = space
         self._most_at_once = sys.maxsize
         self._live: set[str] = set()
         super().__init__(
-            space,
+            {key: span.distribution() for key, span in space.items()},
             metric=METRIC,
             mode="min",
-            sampler=sampler or _tpe(len(space), seed),
+            sampler=sampler or make_sampler("tpe", space),
             study_name=study_name,
             storage=RDBStorage(storage, engine_kwargs={"connect_args": _patience(storage)}),
         )
@@ -75,6 +77,7 @@ class OptunaProposals(OptunaSearch):
         if not self._known():
             for point in points or []:
                 self._study.enqueue_trial(point)
+            self._study.add_trials(earlier)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Nothing to set: space, metric and mode are ours, and TuneConfig may repeat the latter two."""
@@ -90,7 +93,11 @@ class OptunaProposals(OptunaSearch):
         if trial_id not in self._ot_trials:
             if len(self._live) >= self._most_at_once:
                 return None
-            self._ot_trials[trial_id] = self._study.ask(self._distributions)
+            self._ot_trials[trial_id] = trial = self._study.ask()
+            values: dict[str, Any] = {}
+            for key, span in self._ranges.items():
+                if span.is_open(values):
+                    values[key] = span.suggest(trial, key)
         self._live.add(trial_id)
         return dict(self._ot_trials[trial_id].params)
 
@@ -131,8 +138,7 @@ class OptunaProposals(OptunaSearch):
         for trial in self._known():
             if trial.state == TrialState.RUNNING and trial.number not in remembered:
                 self._study.tell(trial.number, state=TrialState.FAIL)
-                if "fixed_params" in trial.system_attrs:
-                    self._study.enqueue_trial(trial.system_attrs["fixed_params"])
+                self._study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
 
     @property
     def _study(self) -> optuna.Study:
@@ -148,22 +154,17 @@ class OptunaProposals(OptunaSearch):
 
     def _add(self, result: dict[str, Any], state: TrialState, reason: str) -> None:
         """Enter the end of a retry as a trial of its own: Optuna never reopens one that ended."""
+        tried = [key for key in self._ranges if f"config/{key}" in result]
         self._study.add_trial(
             create_trial(
                 state=state,
                 value=float(result[METRIC]),
-                params={key: result[f"config/{key}"] for key in self._distributions},
-                distributions=self._distributions,
+                params={key: result[f"config/{key}"] for key in tried},
+                distributions={key: self._ranges[key].distribution() for key in tried},
                 user_attrs={"failure": reason} if reason else {},
                 intermediate_values={int(result[TIME]): float(result[METRIC])},
             )
         )
-
-
-def _tpe(dimensions: int, seed: int | None) -> TPESampler:
-    """Optuna's TPE for studies of a few dozen trials: where little is searched, the model takes over sooner."""
-    startup = min(USUAL_STARTUP_TRIALS, 2 * dimensions + 1)
-    return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)
 
 
 def _trials_in_tune(folder: Path) -> dict[str, str] | None:

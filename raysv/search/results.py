@@ -48,10 +48,15 @@ def outcome(result: Mapping[str, Any], epochs: int) -> tuple[str, str]:
     return ("complete" if result[TIME] >= epochs else "pruned"), ""
 
 
-def trial_name(trial: Any) -> str:
-    """Short and in the order in which Tune made the trials: `t000`, `t001`."""
+def trial_number(trial: Any) -> int:
+    """The place of a trial in the order in which Tune made them, from 0."""
     number = str(trial.experiment_tag or "").partition("_")[0]  # Tune counts from 1
-    return f"t{int(number) - 1:03d}" if number.isdigit() else str(trial.trial_id)
+    return int(number) - 1 if number.isdigit() else 0
+
+
+def trial_name(trial: Any, letter: str = "t") -> str:
+    """Short and in the order in which Tune made the trials: `t000`, `t001`."""
+    return f"{letter}{trial_number(trial):03d}" if trial.experiment_tag else str(trial.trial_id)
 
 
 def error_in(report: str | Path | None) -> str:

@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from raysv.config import dump_yaml, flatten, with_values
-from raysv.learning.checkpoint import TRAINING_STATE, describe_checkpoint
-from raysv.search.cards import StudyCard, TrialCard
+from raysv.learning.checkpoint import SCORES, TRAINING_STATE, describe_checkpoint
+from raysv.search.cards import TRIAL_KIND, StudyCard, TrialCard
 from raysv.search.figures import det_figure, read_det
 from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
 from raysv.search.results import METRIC, TIME, metrics_by_epoch
@@ -25,7 +25,7 @@ from raysv.search.wording import markdown, show_value
 OUTCOME, ERROR, BEST = "raysv.outcome", "raysv.error", "raysv.best"  # tags
 CHECKPOINT, COMPUTED = "raysv.checkpoint", "raysv.computed"  # the best one's folder; device and format
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "error": "FAILED"}  # KILLED would show the same cross as FAILED
-NOT_UPLOADED = (TRAINING_STATE,)  # large, and only needed to go on training where the checkpoint lies
+NOT_UPLOADED = (TRAINING_STATE, SCORES)  # large, and only needed to go on training where the checkpoint lies
 MOST_PARAMS = 100  # that one call may log
 PARAM_DIGITS = 6  # the artifact `config.yaml` has every digit
 RANKED = 5  # trials in the study's description
@@ -129,8 +129,10 @@ class StudyRuns:
             self._upload(known.run_id, best, card.name)
 
     def summarise(self) -> None:
-        """How the study stands, on its own run: counts and the best EER over time, and a table of the best trials."""
-        trials = self._search({KIND: "trial"})
+        """How the search stands, on the study's run: counts and the best EER over time, a table of the best trials."""
+        if self._card.kind != TRIAL_KIND:
+            return
+        trials = self._search({KIND: TRIAL_KIND})
         ends = Counter(run.data.tags.get(OUTCOME) for run in trials)
         ranked = sorted(
             (run for run in trials if run.data.tags.get(OUTCOME) == "complete" and METRIC in run.data.metrics),
@@ -160,7 +162,7 @@ class StudyRuns:
         A driver that was killed may have made a trial that Tune had not noted yet: another took its place.
         """
         ours, unfinished = set(trial_ids), False
-        for run in self._search({KIND: "trial", OUTCOME: "running"}):
+        for run in self._search({KIND: self._card.kind, OUTCOME: "running"}):
             if run.data.tags[TRIAL] in ours:
                 unfinished = True
                 self._client.set_terminated(run.info.run_id, "KILLED")
@@ -172,7 +174,7 @@ class StudyRuns:
     def _known(self, card: TrialCard) -> _Known:
         """A trial's run, found by the trial's id or made, and what it holds."""
         if card.trial_id not in self._trials:
-            tags = {KIND: "trial", TRIAL: card.trial_id}
+            tags = {KIND: self._card.kind, TRIAL: card.trial_id}
             run = self._find(tags) or self._create(
                 card.name, {"mlflow.parentRunId": self._parent, OUTCOME: "running"} | tags
             )

@@ -4,19 +4,29 @@ A search space is a configuration with some values left open, a single run is on
 
     loss:    {margin: {uniform: [0.1, 0.5]}, temperature: {loguniform: [0.03, 0.3]}, scale: 32}
     search:  {trials: 40}
+
+A range may depend on a choice; where that falls otherwise, the key keeps its default and is not searched:
+
+    loss:
+      kind: {choice: [aam, aam_supcon]}
+      temperature: {loguniform: [0.03, 0.3], when: {loss.kind: [aam_supcon]}}
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raysv.config import (
+    LOSS_KEYS,
     SYNTHETIC,
     Config,
     Section,
@@ -32,16 +42,25 @@ from raysv.config import (
 )
 
 RANGES = ("uniform", "loguniform", "int", "choice")
+WHEN = "when"
 
 # the setting of Li & Mak's public code, arXiv 2210.16636, with the field's usual augmentation
-PAPER = {"loss.margin": 0.2, "loss.scale": 30.0, "loss.temperature": 0.07, "augment.strength": 0.5}
-# and the published neighbours that are worth a trial before anything is known
-PUBLISHED = (
-    PAPER,
-    PAPER | {"loss.scale": 32.0},
-    PAPER | {"loss.margin": 0.3, "loss.scale": 32.0},
-    PAPER | {"loss.temperature": 0.03},
-)
+PAPER = {
+    "loss.kind": "aam_supcon",
+    "loss.margin": 0.2,
+    "loss.scale": 30.0,
+    "loss.temperature": 0.07,
+    "augment.strength": 0.5,
+}
+# and others that are worth a trial before anything is known; where only the loss of the paper is searched, what they
+# have of it
+PUBLISHED = {
+    "paper": PAPER,
+    "wespeaker": PAPER | {"loss.kind": "aam", "loss.scale": 32.0},
+    "3D-Speaker": PAPER | {"loss.kind": "aam", "loss.margin": 0.3, "loss.scale": 32.0},
+    "paper, at the temperature that SimCLR takes for speakers": PAPER | {"loss.temperature": 0.03},
+    "SpeechBrain": PAPER | {"loss.kind": "aam"},
+}
 
 
 @dataclass(frozen=True)
@@ -50,14 +69,29 @@ class SearchConfig(Section):
 
     trials: int = knob(20, "configurations to try", 1)
     seed: int = knob(0, "seed of the sampler", 0, 2**31 - 1)
-    published: int = knob(2, "how many published settings are tried first; the paper's own is the first of them", 1, 4)
+    sampler: str = knob(
+        "tpe",
+        "tpe: a model of good and bad values, all keys at once; gp: a Gaussian process; quasirandom: Sobol's sequence; "
+        "random; grid: every combination, where only choices and whole numbers are open",
+        choices=("tpe", "gp", "random", "quasirandom", "grid"),
+    )
+    published: int = knob(
+        2, "how many published settings are tried first; the paper's own is the first of them. A grid tries none", 1, 5
+    )
     early_stopping: str = knob(
-        "asha", "asha: stop what lags behind after some epochs; none: train all to the end", choices=("asha", "none")
+        "asha",
+        "asha: of the trials that reach a rung the best go on; hyperband: the same in brackets that begin later and "
+        "later; median: what is worse than the median of the others stops; none: all are trained to the end",
+        choices=("asha", "hyperband", "median", "none"),
     )
     grace_epochs: int = knob(1, "epochs that every trial gets", 1)
     reduction_factor: int = knob(
         3, "of the trials that reach a rung, one in so many goes on; rungs are so many times apart", 2
     )
+    confirm: int = knob(
+        3, "so many of the best configurations are trained again, to the end, from new seeds; 0: the best trial wins", 0
+    )
+    confirm_seeds: int = knob(3, "how many new seeds", 2)
     concurrent_trials: int | None = knob(None, "trials at a time; none given: as many as the cluster has room for", 1)
 
 
@@ -88,10 +122,30 @@ class Range:
     Attributes:
         kind: one of `RANGES`.
         values: lower and upper end, or for `choice` all of them.
+        when: which values of other keys, choices themselves, it depends on; it is open where all of them fit.
     """
 
     kind: str
     values: tuple[Any, ...]
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def is_open(self, values: Mapping[str, Any]) -> bool:
+        """Whether the key is searched where other keys have these values."""
+        return all(values.get(key) in wanted for key, wanted in self.when.items())
+
+    def suggest(self, trial: Trial, key: str) -> Any:
+        """What a trial of Optuna takes for the key."""
+        if self.kind == "choice":
+            return trial.suggest_categorical(key, self.values)
+        if self.kind == "int":
+            return trial.suggest_int(key, *self.values)
+        return trial.suggest_float(key, *self.values, log=self.kind == "loguniform")
+
+    def all_values(self) -> list[Any] | None:
+        """Every value of the range; None where there is one between any two."""
+        if self.kind == "choice":
+            return list(self.values)
+        return list(range(self.values[0], self.values[1] + 1)) if self.kind == "int" else None
 
     def distribution(self) -> BaseDistribution:
         """As Optuna takes it."""
@@ -104,6 +158,11 @@ class Range:
             else FloatDistribution(low, high, log=self.kind == "loguniform")
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As YAML holds it."""
+        depends = {WHEN: {key: list(wanted) for key, wanted in self.when.items()}} if self.when else {}
+        return {self.kind: list(self.values)} | depends
+
     def nearest(self, value: Any) -> Any:
         """The value of the range that is closest to one that may lie outside; a choice of words' first."""
         if self.kind == "choice":
@@ -115,9 +174,10 @@ class Range:
         return min(max(round(value) if self.kind == "int" else value, low), high)
 
     def __str__(self) -> str:
+        depends = "".join(f", where {key} is {' or '.join(map(str, wanted))}" for key, wanted in self.when.items())
         if self.kind == "choice":
-            return f"one of {', '.join(map(str, self.values))}"
-        return f"{self.values[0]:g} to {self.values[1]:g}{' (log)' if self.kind == 'loguniform' else ''}"
+            return f"one of {', '.join(map(str, self.values))}{depends}"
+        return f"{self.values[0]:g} to {self.values[1]:g}{' (log)' if self.kind == 'loguniform' else ''}{depends}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +186,7 @@ class Space:
 
     Attributes:
         tree: the full configuration tree; keys with a range hold their default.
-        ranges: the open keys, dotted.
+        ranges: the open keys, dotted; those that others depend on come first.
     """
 
     name: str
@@ -152,17 +212,32 @@ class Space:
 
     def first_points(self) -> list[dict[str, Any]]:
         """The published settings, complete and inside the ranges, each once; the paper's is the first."""
-        defaults = flatten(self.tree)
-        points = []
-        for published in PUBLISHED[: self.search.published]:
-            point = {key: span.nearest(published.get(key, defaults[key])) for key, span in self.ranges.items()}
-            if point not in points:
+        points: list[dict[str, Any]] = []
+        for published in list(PUBLISHED.values())[: self.search.published] if self.search.sampler != "grid" else ():
+            if (point := self._nearest(published)) not in points:
                 points.append(point)
         return points
 
+    def paper_point(self) -> dict[str, Any]:
+        """The paper's setting, or what of the space is nearest to it."""
+        return self._nearest(PAPER)
+
+    def _nearest(self, published: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = flatten(self.tree)
+        point: dict[str, Any] = {}
+        for key, span in self.ranges.items():
+            if span.is_open(point):
+                point[key] = span.nearest(published.get(key, defaults[key]))
+        return point
+
+    def grid(self) -> dict[str, list[Any]] | None:
+        """All values of all open keys; None where there is no end of them."""
+        grid = {key: span.all_values() for key, span in self.ranges.items()}
+        return None if None in grid.values() else grid  # type: ignore[return-value]
+
     def to_dict(self) -> dict[str, Any]:
         """The tree with its ranges, as YAML holds it."""
-        open_keys = {key: {span.kind: list(span.values)} for key, span in self.ranges.items()}
+        open_keys = {key: span.to_dict() for key, span in self.ranges.items()}
         sections = {"search": dataclasses.asdict(self.search), "resources": dataclasses.asdict(self.resources)}
         return with_values(self.tree, open_keys) | sections
 
@@ -198,7 +273,9 @@ def space_from_dict(tree: dict[str, Any], name: str) -> Space:
     for key in ("root", "cache"):
         complete["data"][key] = _from_here(complete["data"][key])
         if span := ranges.get(f"data.{key}"):
-            ranges[f"data.{key}"] = Range(span.kind, tuple(map(_from_here, span.values)))
+            ranges[f"data.{key}"] = dataclasses.replace(span, values=tuple(map(_from_here, span.values)))
+    _check_conditions(ranges, complete["loss"]["kind"])
+    ranges = dict(sorted(ranges.items(), key=lambda item: bool(item[1].when)))  # a choice before what depends on it
     space = Space(name, complete, ranges, search, resources)
     for key, span in ranges.items():
         section, _, knob_name = key.partition(".")
@@ -219,7 +296,46 @@ def space_from_dict(tree: dict[str, Any], name: str) -> Space:
     for key, span in ranges.items():
         if span.kind == "int":
             space.config({key: span.values[0] + 1})  # between the ends not every whole number need do
+    _check_search(space)
     return space
+
+
+def _check_conditions(ranges: dict[str, Range], default_kind: str) -> None:
+    """Refuse conditions that cannot be met, or on what is itself conditional, and open keys that may mean nothing."""
+    for key, span in ranges.items():
+        for other, wanted in span.when.items():
+            parent = ranges.get(other)
+            if parent is None or parent.kind != "choice" or parent.when:
+                raise ValueError(
+                    f"{key}.{WHEN} names {other}, which is no choice that is open everywhere. Open it with choice, or "
+                    f"leave {WHEN} away."
+                )
+            if strangers := [value for value in wanted if value not in parent.values]:
+                raise ValueError(f"{key}.{WHEN}: {other} is never {strangers[0]!r}, but one of {parent.values}.")
+    kinds = ranges["loss.kind"].values if "loss.kind" in ranges else (default_kind,)
+    for belonging, keys in LOSS_KEYS.items():
+        for key in ranges.keys() & {f"loss.{name}" for name in keys}:
+            if lost := [kind for kind in kinds if kind not in belonging and ranges[key].is_open({"loss.kind": kind})]:
+                meant = ", ".join(kind for kind in kinds if kind in belonging)
+                mend = f"Add {WHEN}: {{loss.kind: [{meant}]}} to its range." if meant else "Do not open it."
+                what = f"{key} means nothing where loss.kind is {lost[0]}"
+                raise ValueError(f"{what}: trials that differ in it would be the same. {mend}")
+
+
+def _check_search(space: Space) -> None:
+    if space.search.sampler != "grid":
+        return
+    grid = space.grid()
+    if grid is None:
+        endless = [key for key, span in space.ranges.items() if span.all_values() is None]
+        raise ValueError(
+            f"search.sampler is grid, but {', '.join(endless)} has no end of values. Open it with choice or int."
+        )
+    if any(span.when for span in space.ranges.values()):
+        raise ValueError(f"search.sampler is grid, which knows no {WHEN}: name one value of the choice per study.")
+    count = len(list(itertools.product(*grid.values())))
+    if space.search.trials != count:
+        raise ValueError(f"The grid has {count} combinations; set search.trials to that, not to {space.search.trials}.")
 
 
 def _from_here(folder: Any) -> Any:
@@ -236,19 +352,21 @@ def _separate(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Range]]:
     for section, values in tree.items():
         closed[section] = values.copy() if isinstance(values, dict) else values
         for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, dict) and section != "data" and not value.keys() <= set(RANGES):
+            if isinstance(value, dict) and section != "data" and not value.keys() <= {*RANGES, WHEN}:
                 raise ValueError(f"{section}.{key} is opened with {', '.join(RANGES)}; got {value!r}.")
-            if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in RANGES:
-                ranges[f"{section}.{key}"] = _range(f"{section}.{key}", *next(iter(value.items())))
+            if isinstance(value, dict) and len(value.keys() - {WHEN}) == 1 and value.keys() <= {*RANGES, WHEN}:
+                ranges[f"{section}.{key}"] = _range(f"{section}.{key}", value)
                 del closed[section][key]
     return closed, ranges
 
 
-def _range(key: str, kind: str, values: Any) -> Range:
+def _range(key: str, opened: dict[str, Any]) -> Range:
+    ((kind, values),) = ((name, value) for name, value in opened.items() if name != WHEN)
+    when = _conditions(key, opened.get(WHEN, {}))
     if kind == "choice":
         if not isinstance(values, list) or not values or any(isinstance(value, (list, dict)) for value in values):
             raise ValueError(f"{key}: choice takes a list of texts or numbers, got {values!r}.")
-        return Range(kind, tuple(values))
+        return Range(kind, tuple(values), when)
     numbers = values if isinstance(values, list) else []
     wanted = int if kind == "int" else (int, float)
     if len(numbers) != 2 or not all(isinstance(value, wanted) and not isinstance(value, bool) for value in numbers):
@@ -259,4 +377,13 @@ def _range(key: str, kind: str, values: Any) -> Range:
     if not low < high or (kind == "loguniform" and low <= 0):
         above = " above 0" if kind == "loguniform" else ""
         raise ValueError(f"{key}: {kind} takes a lower and a higher end{above}, got {values!r}.")
-    return Range(kind, (low, high))
+    return Range(kind, (low, high), when)
+
+
+def _conditions(key: str, when: Any) -> dict[str, tuple[Any, ...]]:
+    lists = when.values() if isinstance(when, dict) else [None]
+    if not all(isinstance(wanted, list) and wanted for wanted in lists):
+        raise ValueError(
+            f"{key}.{WHEN} takes other keys and lists of their values, such as {{loss.kind: [aam]}}; got {when!r}."
+        )
+    return {str(other): tuple(wanted) for other, wanted in when.items()}

@@ -1,19 +1,71 @@
-"""When a trial is stopped early: ASHA with a memory."""
+"""When a trial is stopped early: Ray's rules, with a memory."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from raysv.search.results import METRIC, TIME
+from raysv.search.results import METRIC, TIME, trial_number
+
+FEWEST_OTHERS = 3  # trials whose median is worth comparing with
+NOBODY: Any = None  # in place of Tune's controller, which these rules do not ask
 
 
-class JournaledASHA(ASHAScheduler):
-    """ASHA over epochs whose memory survives the driver: a journal of every result and of what was decided on it.
+def make_stopping(
+    kind: str, journal: Path, *, epochs: int, grace_epochs: int, reduction_factor: int
+) -> TrialScheduler | None:
+    """What stops a study's trials early, see `make_rule`, with a memory; None where all are trained to the end.
+
+    Args:
+        journal: see `JournaledStopping`.
+    """
+    rule = make_rule(kind, epochs=epochs, grace_epochs=grace_epochs, reduction_factor=reduction_factor)
+    return JournaledStopping(journal, rule, epochs=epochs) if rule else None
+
+
+def make_rule(kind: str, *, epochs: int, grace_epochs: int, reduction_factor: int) -> TrialScheduler | None:
+    """The rule by which trials are stopped early, one of Ray's; None where all are trained to the end.
+
+    Args:
+        kind: `asha`, `hyperband`, `median` or `none`, see `SearchConfig.early_stopping`.
+        epochs: of a trial that is not stopped early.
+        grace_epochs: no trial stops before it; the first rung.
+        reduction_factor: rungs lie at `grace_epochs` times its powers; of the trials that reach a rung, about one in
+            `reduction_factor` goes on.
+
+    Source: Li et al. 2020, arXiv 1810.05934 (ASHA, and Hyperband without waiting); Golovin et al. 2017, Google Vizier,
+        KDD (the median rule).
+    """
+    grace = min(grace_epochs, epochs)
+    rungs = {"time_attr": TIME, "max_t": epochs, "grace_period": grace, "reduction_factor": reduction_factor}
+    if kind == "asha":
+        return ASHAScheduler(**rungs, stop_last_trials=False)
+    if kind == "hyperband":
+        return _Hyperband(**rungs, stop_last_trials=False, brackets=_powers(epochs / grace, reduction_factor) + 1)
+    if kind == "median":
+        # a time slice without end: nothing is paused, which would take the trial's process away
+        return MedianStoppingRule(
+            time_attr=TIME, grace_period=grace, min_samples_required=FEWEST_OTHERS, min_time_slice=math.inf
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A trial as rules know it: they see no others, so that one that is recalled is the same as one that lives."""
+
+    trial_id: str
+    number: int
+
+
+class JournaledStopping(FIFOScheduler):
+    """A rule over epochs whose memory survives the driver: a journal of every result and of what was decided on it.
 
     Ray saves no scheduler's state, so after a restore its ASHA would judge against empty rungs
     (https://github.com/ray-project/ray/issues/30838). Here the journal is replayed before the first trial is added.
@@ -23,28 +75,23 @@ class JournaledASHA(ASHAScheduler):
 
     Args:
         journal: JSON lines, one per result; written by the driver alone. A new study needs a new journal.
+        rule: one of Ray's; it only ever answers CONTINUE or STOP.
         epochs: of a trial that is not stopped early.
-        grace_epochs: no trial stops before it; the first rung.
-        reduction_factor: rungs lie at `grace_epochs` times its powers; of the trials that reach a rung, about one in
-            `reduction_factor` goes on.
 
     Raises: ValueError, when the first trial is added, naming the file and line that is not the journal of such a study.
-    Source: Li et al. 2020, arXiv 1810.05934.
     """
 
-    def __init__(self, journal: Path, *, epochs: int, grace_epochs: int, reduction_factor: float) -> None:
-        super().__init__(
-            time_attr=TIME,
-            max_t=epochs,
-            grace_period=min(grace_epochs, epochs),
-            reduction_factor=reduction_factor,
-            stop_last_trials=False,
-        )
-        self._journal = Path(journal)
-        self._epochs = epochs
+    def __init__(self, journal: Path, rule: TrialScheduler, *, epochs: int) -> None:
+        super().__init__()
+        self._journal, self._rule, self._epochs = Path(journal), rule, epochs
+        self._entrants: dict[str, Entrant] = {}
         self._judged: dict[str, int] = {}  # trial → its last epoch in the journal
         self._stopped: set[str] = set()
         self._replayed = False
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """What the rule compares, and whether less is more."""
+        return bool(self._rule.set_search_properties(metric, mode, **spec))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Place a trial, the first time after recalling what earlier drivers decided."""
@@ -52,26 +99,31 @@ class JournaledASHA(ASHAScheduler):
             self._replayed = True
             for entry in read_journal(self._journal):
                 self._recall(**entry)
-        super().on_trial_add(tune_controller, trial)
+        self._enter(trial.trial_id, trial_number(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """`STOP` or `CONTINUE`, written to the journal before Tune hears of it."""
-        name, epoch = trial.trial_id, int(result[TIME])
+        name, epoch, value = trial.trial_id, int(result[TIME]), float(result[METRIC])
         if name in self._stopped:
             return TrialScheduler.STOP
         if epoch <= self._judged.get(name, 0) or epoch >= self._epochs:
             return TrialScheduler.CONTINUE
-        decision = super().on_trial_result(tune_controller, trial, result)
+        entrant = self._entrants[name]
+        decision = str(self._rule.on_trial_result(NOBODY, entrant, {TIME: epoch, METRIC: value}))
         self._note(name, epoch, stop=decision == TrialScheduler.STOP)
-        self._append({"trial": name, "epoch": epoch, "value": float(result[METRIC]), "stop": name in self._stopped})
+        stop = name in self._stopped
+        self._append({"trial": name, "number": entrant.number, "epoch": epoch, "value": value, "stop": stop})
         return decision
 
-    def _recall(self, trial: str, epoch: int, value: float, stop: bool) -> None:
-        controller: Any = None
-        stand_in: Any = SimpleNamespace(trial_id=trial)  # all that ASHA wants to know of a trial
-        super().on_trial_add(controller, stand_in)
-        super().on_trial_result(controller, stand_in, {TIME: epoch, METRIC: value})
+    def _recall(self, trial: str, epoch: int, value: float, stop: bool, number: int = 0) -> None:
+        self._rule.on_trial_result(NOBODY, self._enter(trial, number), {TIME: epoch, METRIC: value})
         self._note(trial, epoch, stop)
+
+    def _enter(self, name: str, number: int) -> Any:
+        if name not in self._entrants:
+            self._entrants[name] = Entrant(name, number)
+            self._rule.on_trial_add(NOBODY, self._entrants[name])
+        return self._entrants[name]
 
     def _note(self, trial: str, epoch: int, stop: bool) -> None:
         self._judged[trial] = epoch
@@ -82,6 +134,42 @@ class JournaledASHA(ASHAScheduler):
         self._journal.parent.mkdir(parents=True, exist_ok=True)
         with self._journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class _Hyperband(ASHAScheduler):
+    """ASHA in brackets, of which each leaves its trials alone for longer than the one before; the last for good.
+
+    Ray draws a trial's bracket from NumPy's global generator. Here it follows from the trial's number, with the shares
+    of Hyperband, so that a study can be repeated and resumed.
+    """
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        chosen = bracket_of(trial.number, len(self._brackets), self._reduction_factor)
+        self._trial_info[trial.trial_id] = self._brackets[chosen]
+
+
+def bracket_of(number: int, brackets: int, reduction_factor: float) -> int:
+    """The bracket of the trial of this number, from 0: all get their shares as evenly as goes.
+
+    Bracket s of B, counted from the one that stops earliest, gets ⌈B/(B−s) · r^(B−1−s)⌉ trials of every round.
+
+    Source: Li et al. 2018, Hyperband, arXiv 1603.06560, algorithm 1.
+    """
+    last = brackets - 1
+    shares = [math.ceil(brackets / (last - s + 1) * reduction_factor ** (last - s)) for s in range(brackets)]
+    credit = [0] * brackets
+    chosen = 0
+    for _ in range(number % sum(shares) + 1):
+        credit = [had + share for had, share in zip(credit, shares, strict=True)]
+        chosen = max(range(brackets), key=credit.__getitem__)
+        credit[chosen] -= sum(shares)
+    return chosen
+
+
+def _powers(ratio: float, base: float) -> int:
+    """How often a number can be divided by another before it is below 1, less once: ⌊log⌋ without its rounding."""
+    return sum(1 for _ in itertools.takewhile(lambda power: base**power <= ratio, itertools.count(1)))
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -101,7 +189,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             entry = None
-        if not isinstance(entry, dict) or entry.keys() != {"trial", "epoch", "value", "stop"}:
+        if not isinstance(entry, dict) or entry.keys() - {"number"} != {"trial", "epoch", "value", "stop"}:
             raise ValueError(
                 f"{path}, line {number}: not an entry of the journal of early stopping: {line[:80]!r}. "
                 "Remove that line, or start the study anew under another name."

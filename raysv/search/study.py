@@ -5,72 +5,46 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
-import json
-import logging
 import os
 import socket
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ray.tune import ExperimentAnalysis
-from ray.tune.experiment import Trial
-
 from raysv.config import config_to_dict, read_yaml, write_yaml
-from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
+from raysv.search.confirmation import Candidate, Confirmation, candidates, points, read_confirmation
+from raysv.search.records import TrialRecord, read_records
 from raysv.search.space import Space, space_from_dict
 from raysv.search.wording import columns, short_names, show_value, shown
+from raysv.verification.metrics import INTERVAL_LEVEL
 
 SPACE_FILE = "space.yaml"
 STARTED_FILE = "started.yaml"  # how it was started, for whoever resumes it
 BEST_FILE = "best_config.yaml"
 TRIALS_FILE = "trials.csv"
 LOCK_FILE = "driver.lock"  # held by the driver of a study as long as it lives
-TUNE_FOLDER = "tune"  # Tune's own record of the study, below the study's folder
-TUNE_SNAPSHOTS = "experiment_state-*.json"  # in it, one by each driver
-ERROR_FILE = "error.txt"  # Tune's report of what a trial died of, in the trial's folder
-
-
-@dataclass(frozen=True)
-class TrialRecord:
-    """One trial as it ended.
-
-    Attributes:
-        name: short, in the order of their start.
-        values: what it tried, by dotted key.
-        metrics: its last result.
-        outcome: `complete`, `pruned`, `error` or `unfinished`, and `reason` for an error.
-        checkpoint: folder of its last checkpoint.
-    """
-
-    name: str
-    trial_id: str
-    values: dict[str, Any]
-    metrics: dict[str, Any]
-    outcome: str
-    reason: str
-    checkpoint: str
-
-    @property
-    def epoch(self) -> int:
-        """Its last epoch, 0 if it finished none."""
-        return int(self.metrics.get(TIME, 0))
-
-    @property
-    def eer(self) -> float:
-        """Its last EER on the dev pairs, chance if it has none."""
-        return float(self.metrics.get(METRIC, 0.5))
+TUNE_FOLDER, CONFIRM_FOLDER = (
+    "tune",
+    "confirm",
+)  # Tune's own records of search and confirmation, below the study's folder
 
 
 @dataclass(frozen=True)
 class Study:
-    """A search space, the trials made in it, and which of them was best."""
+    """A search space, the trials made in it, and which configuration was best.
+
+    Attributes:
+        confirming: runs of the best configurations from new seeds, as far as there are any.
+        confirmation: what these came to.
+    """
 
     space: Space
     trials: list[TrialRecord]
+    confirming: list[TrialRecord] = field(default_factory=list)
+    confirmation: Confirmation | None = None
 
     @property
     def best(self) -> TrialRecord | None:
@@ -79,18 +53,41 @@ class Study:
         return min(complete, key=lambda trial: trial.eer, default=None)
 
     @property
-    def unfinished(self) -> int:
-        """Trials that the study was asked for and has not seen the end of."""
+    def best_values(self) -> dict[str, Any] | None:
+        """What the study found: the values of the confirmed winner, or where there is none of the best trial."""
+        if self.confirmation:
+            return self.confirmation.winner.values
+        return self.best.values if self.best else None
+
+    @property
+    def unsearched(self) -> int:
+        """Trials that the search was asked for and has not seen the end of."""
         # of Tune's several files one may be older than the others after a kill: there can be a trial too many
-        return max(0, self.space.search.trials - sum(trial.outcome != "unfinished" for trial in self.trials))
+        return max(0, self.space.search.trials - _ended(self.trials))
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """What is to be confirmed, once the search has come to its end."""
+        return [] if self.unsearched else candidates(self.space, self.trials)
+
+    @property
+    def unfinished(self) -> int:
+        """Trials and confirming runs that the study has not seen the end of."""
+        to_confirm = 0 if self.confirmation else len(points(self.space, self.candidates))
+        return self.unsearched + max(0, to_confirm - _ended(self.confirming))
 
     @property
     def broken(self) -> int:
         """Trials that died of an accident: going on repeats them. One that diverged would do so again."""
-        return sum(trial.outcome == "error" and not trial.metrics.get("failure") for trial in self.trials)
+        runs = [*self.trials, *self.confirming]
+        return sum(run.outcome == "error" and not run.metrics.get("failure") for run in runs)
 
     def table(self) -> str:
         """All trials, best first, as text in columns."""
+        return columns(self.rows())
+
+    def rows(self) -> list[list[str]]:
+        """All trials, best first, below a head, as text."""
         keys = list(self.space.ranges)
         order = {"complete": 0, "pruned": 1, "error": 2, "unfinished": 3}
         ranked = sorted(self.trials, key=lambda trial: (order[trial.outcome], -trial.epoch, trial.eer))
@@ -98,7 +95,7 @@ class Study:
         rows = [
             [
                 trial.name,
-                *(show_value(trial.values[key]) for key in keys),
+                *(show_value(trial.values.get(key, "–")) for key in keys),
                 str(trial.epoch),
                 f"{100 * trial.eer:.2f}" if trial.epoch else "",
                 f"{trial.metrics['dev/min_dcf_0.01']:.3f}" if "dev/min_dcf_0.01" in trial.metrics else "",
@@ -106,16 +103,38 @@ class Study:
             ]
             for trial in ranked
         ]
-        return columns([head, *rows])
+        return [head, *rows]
+
+    def confirmed_table(self) -> str:
+        """What was confirmed, best first, as text in columns."""
+        return columns(self.confirmed_rows())
+
+    def confirmed_rows(self) -> list[list[str]]:
+        """What was confirmed, best first, below a head, as text; nothing where nothing was."""
+        if self.confirmation is None:
+            return []
+        keys = list(self.space.ranges)
+        rows = [
+            [
+                standing.name + (" (paper)" if standing.name == self.confirmation.paper else ""),
+                *(show_value(standing.values.get(key, "–")) for key in keys),
+                f"{100 * standing.estimate.mean:.2f}",
+                f"{100 * standing.estimate.low:.2f} to {100 * standing.estimate.high:.2f}",
+                "  ".join(f"{100 * eer:.2f}" for eer in standing.eers),
+            ]
+            for standing in self.confirmation.standings
+        ]
+        head = ["trial", *short_names(keys), "mean EER %", f"{100 * INTERVAL_LEVEL:g} % interval", "by seed"]
+        return [head, *rows]
 
     def best_config(self) -> dict[str, Any]:
-        """The configuration tree of the best trial, with the resources it had.
+        """The best configuration's tree, with the resources it had.
 
         Raises: ValueError when no trial has come to its end.
         """
-        if self.best is None:
+        if self.best_values is None:
             raise ValueError(f"Study {self.space.name} has no best configuration: no trial has come to its end.")
-        config = config_to_dict(self.space.config(self.best.values))
+        config = config_to_dict(self.space.config(self.best_values))
         return config | {"resources": self.space.to_dict()["resources"]}
 
     def write(self, folder: Path) -> None:
@@ -127,17 +146,25 @@ class Study:
             rows.writerows(
                 [trial.name, trial.trial_id, trial.outcome, trial.reason, trial.epoch]
                 + [trial.eer if trial.epoch else ""]
-                + [trial.values[key] for key in keys]
+                + [trial.values.get(key, "") for key in keys]
                 + [trial.checkpoint]
                 for trial in self.trials
             )
         if self.best:
+            how = (
+                self.confirmation.verdict()
+                if self.confirmation
+                else f"trial {self.best.name} ({self.best.trial_id}), EER {100 * self.best.eer:.2f} % on the dev pairs."
+            )
             header = (
-                f"The best of {len(self.trials)} trials of study {self.space.name}: trial {self.best.name} "
-                f"({self.best.trial_id}), EER {100 * self.best.eer:.2f} % on the dev pairs.\n"
+                f"The best of {len(self.trials)} trials of study {self.space.name}: {how}\n"
                 f"Train it alone with: python -m raysv.train {shown(folder / BEST_FILE)}"
             )
             write_yaml(self.best_config(), folder / BEST_FILE, header)
+
+
+def _ended(runs: Sequence[TrialRecord]) -> int:
+    return sum(run.outcome != "unfinished" for run in runs)
 
 
 def read_study(folder: Path) -> Study:
@@ -146,36 +173,8 @@ def read_study(folder: Path) -> Study:
     Raises: ValueError when the folder is no study, or what Tune noted of it cannot be read.
     """
     space = load_space(folder)
-    newest = max((folder / TUNE_FOLDER).glob(TUNE_SNAPSHOTS), default=None)
-    if newest is None:
-        return Study(space, [])  # broken off before Tune had noted anything
-    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial may well have no result yet
-    try:
-        trials = ExperimentAnalysis(str(newest)).trials or []
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{newest} cannot be read: {error}. A driver was killed while it wrote it. Remove that file: the study "
-            "then stands where an earlier driver left it, or starts anew if there was none."
-        ) from error
-    return Study(space, [_record(trial, space.epochs) for trial in trials])
-
-
-def _record(trial: Any, epochs: int) -> TrialRecord:
-    metrics = dict(trial.last_result or {})
-    end, reason = outcome(metrics, epochs)
-    if trial.status == Trial.ERROR:
-        end, reason = "error", error_in(Path(trial.path, ERROR_FILE))  # trial.error_file is only there while Ray runs
-    elif trial.status != Trial.TERMINATED:
-        end, reason = "unfinished", ""
-    return TrialRecord(
-        name=trial_name(trial),
-        trial_id=trial.trial_id,
-        values=dict(trial.config),
-        metrics=metrics,
-        outcome=end,
-        reason=reason,
-        checkpoint=str(metrics.get("checkpoint_path", "")),
-    )
+    trials, confirming = (read_records(folder / stage, space.epochs) for stage in (TUNE_FOLDER, CONFIRM_FOLDER))
+    return Study(space, trials, confirming, read_confirmation(folder))
 
 
 def open_study(space: Space, results: Path, tracking_uri: str, name: str | None = None) -> Path:

@@ -47,13 +47,13 @@ class MLflowTracking(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A run for a trial, or the one it had before it was interrupted."""
-        self._outbox.put(partial(self._runs.start, TrialCard.of(trial)))
+        self._outbox.put(partial(self._runs.start, TrialCard.of(trial, self._card.kind)))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """The metrics of an epoch."""
-        self._outbox.put(partial(self._runs.add_result, TrialCard.of(trial), dict(result)))
+        self._outbox.put(partial(self._runs.add_result, TrialCard.of(trial, self._card.kind), dict(result)))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The outcome of a trial that returned or was stopped."""
@@ -71,7 +71,7 @@ class MLflowTracking(Callback):
         self._outbox.empty()
 
     def _finish(self, trial: Any, end: str, reason: str, report: Path | None = None) -> None:
-        card = TrialCard.of(trial)
+        card = TrialCard.of(trial, self._card.kind)
         self._outbox.put(partial(self._runs.finish, card, end, reason))
         self._outbox.put(self._runs.summarise)
         self._outbox.put(partial(self._runs.upload, card, report))

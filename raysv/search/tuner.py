@@ -1,36 +1,37 @@
-"""A search space in, a study out: Optuna proposes, ASHA stops early, MLflow keeps everything."""
+"""A search space in, a study out: Optuna proposes, what lags behind is stopped early, MLflow keeps everything."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import ray
-import ray.tune
+from optuna.trial import FrozenTrial
 
 from raysv.corpus.loading import load_corpus
 from raysv.corpus.sets import Corpus
 from raysv.learning.checkpoint import versions
 from raysv.learning.views import ViewBatches
 from raysv.search import cluster
-from raysv.search.cards import StudyCard
-from raysv.search.progress import Decoding, Progress
-from raysv.search.proposals import OptunaProposals
-from raysv.search.results import METRIC
+from raysv.search.confirmation import conclude, write_confirmation
+from raysv.search.progress import Decoding
+from raysv.search.publishing import publish
 from raysv.search.space import Space
-from raysv.search.stopping import JournaledASHA, read_journal
-from raysv.search.study import SPACE_FILE, TUNE_FOLDER, Study, driving, note_start, read_study, started
-from raysv.search.tracking import MLflowTracking
-from raysv.search.trial import Job, run_trial
-from raysv.speech.augmentation import recipe
+from raysv.search.stages import (
+    JOURNAL_FILE,
+    OPTUNA_FILE,
+    TRIALS_FOLDER,
+    confirmation_stage,
+    run_stage,
+    search_stage,
+)
+from raysv.search.stopping import read_journal
+from raysv.search.study import Study, driving, note_start, read_study, started
+from raysv.search.trial import Job
 
-EXPERIMENT = "raysv"  # of MLflow
-OPTUNA_FILE, ASHA_FILE, TRIALS_FOLDER = "optuna.db", "asha.jsonl", "trials"  # below the study's folder
 TUNE_SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver has lost a second of bookkeeping, not ten
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow keeps the results; no TensorBoard files beside it
@@ -59,7 +60,14 @@ def check_data(space: Space, tests: bool = False) -> Corpus:
 
 
 def run_study(
-    space: Space, folder: Path, corpus: Corpus, tracking_uri: str, *, resume: bool, tests: bool = False
+    space: Space,
+    folder: Path,
+    corpus: Corpus,
+    tracking_uri: str,
+    *,
+    resume: bool,
+    tests: bool = False,
+    earlier: Sequence[FrozenTrial] = (),
 ) -> Study:
     """Search a space, or go on searching it.
 
@@ -68,15 +76,24 @@ def run_study(
         corpus: what `check_data` found.
         tracking_uri: MLflow's store or server.
         tests: whether trials end with the test lists, as a single run does and a search must not.
+        earlier: trials of other studies that a new search learns from, see `earlier_trials`.
 
     Raises: ValueError when the cluster has no room for a trial, a study cannot go on as it was left, or another driver
         runs it.
     """
     with driving(folder):
-        return _drive(space, folder, corpus, tracking_uri, resume, tests)
+        return _drive(space, folder, corpus, tracking_uri, resume, tests, earlier)
 
 
-def _drive(space: Space, folder: Path, corpus: Corpus, tracking_uri: str, resume: bool, tests: bool) -> Study:
+def _drive(
+    space: Space,
+    folder: Path,
+    corpus: Corpus,
+    tracking_uri: str,
+    resume: bool,
+    tests: bool,
+    earlier: Sequence[FrozenTrial],
+) -> Study:
     os.environ.update(TUNE_SETTINGS)
     resume = resume and bool(read_study(folder).trials)  # broken off before its first trial, it starts anew
     _note_data(folder, corpus, resume)
@@ -89,19 +106,41 @@ def _drive(space: Space, folder: Path, corpus: Corpus, tracking_uri: str, resume
         _note_tags(folder, _provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)})
         kept, checked = str(folder / TRIALS_FOLDER), _checked(space, corpus)
         job = Job(space, allotment.gpus_per_worker, kept, checked, allotment.room, allotment.head, tests)
-        trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
-        if resume:
-            tuner = ray.tune.Tuner.restore(str(folder / TUNE_FOLDER), trainable, resume_errored=True)
-        else:
-            for remains in (OPTUNA_FILE, ASHA_FILE):  # of a driver that was killed before its first trial
-                (folder / remains).unlink(missing_ok=True)
-            tuner = _tuner(trainable, space, folder, allotment, tracking_uri)
-        tuner.fit()
+        study = read_study(folder)
+        if not resume or study.unsearched or study.broken:
+            stage = search_stage(space, folder, earlier)
+            run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=resume)
+            study = read_study(folder)
+        if study.candidates and not study.confirmation:
+            print(f"\n{study.table()}\n\n{_announce(study)}", flush=True)
+            stage = confirmation_stage(space, folder, study.candidates)
+            again = resume and bool(study.confirming)
+            run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=again)
     finally:
         ray.shutdown()
+    _conclude(folder, corpus)
     study = read_study(folder)
     study.write(folder)
+    if space.ranges:
+        publish(study, folder, tracking_uri)
     return study
+
+
+def _announce(study: Study) -> str:
+    names = ", ".join(candidate.name for candidate in study.candidates)
+    count = study.space.search.confirm_seeds
+    return f"Confirming {names} from {count} new seeds, to the end of {study.space.epochs} epochs each"
+
+
+def _conclude(folder: Path, corpus: Corpus) -> None:
+    """What the confirming runs came to, once all have ended."""
+    study = read_study(folder)
+    if study.confirmation or not study.confirming or study.unfinished:
+        return
+    try:
+        write_confirmation(conclude(study.space, study.candidates, study.confirming, corpus.dev), folder)
+    except ValueError as error:
+        print(f"{error} The best trial of the search counts.", flush=True)
 
 
 def _note_data(folder: Path, corpus: Corpus, resume: bool) -> None:
@@ -122,7 +161,7 @@ def _check_records(folder: Path) -> None:
             f"No file {folder / OPTUNA_FILE}, in which Optuna keeps what the study has tried. Bring it back, or start "
             "a new study."
         )
-    read_journal(folder / ASHA_FILE)
+    read_journal(folder / JOURNAL_FILE)
 
 
 def _note_tags(folder: Path, tags: dict[str, str]) -> None:
@@ -153,71 +192,6 @@ def _allot(space: Space, folder: Path, resume: bool) -> cluster.Allotment:
     return allotment
 
 
-def _tuner(
-    trainable: Any, space: Space, folder: Path, allotment: cluster.Allotment, tracking_uri: str
-) -> ray.tune.Tuner:
-    search = space.search
-    proposals = OptunaProposals(
-        {key: span.distribution() for key, span in space.ranges.items()},
-        epochs=space.epochs,
-        storage=f"sqlite:///{folder / OPTUNA_FILE}",
-        study_name=folder.name,
-        points=space.first_points(),
-        seed=search.seed,
-    )
-    asha = JournaledASHA(
-        folder / ASHA_FILE,
-        epochs=space.epochs,
-        grace_epochs=search.grace_epochs,
-        reduction_factor=search.reduction_factor,
-    )
-    return ray.tune.Tuner(
-        trainable,
-        tune_config=ray.tune.TuneConfig(
-            metric=METRIC,
-            mode="min",
-            num_samples=search.trials,
-            max_concurrent_trials=allotment.concurrent_trials,
-            search_alg=proposals,
-            scheduler=asha if search.early_stopping == "asha" else None,
-            reuse_actors=True,  # the next trial gets a process, or a team of them, that has started already
-            trial_name_creator=_trial_id,
-            trial_dirname_creator=_trial_id,
-        ),
-        run_config=ray.tune.RunConfig(
-            name=TUNE_FOLDER,
-            storage_path=str(folder),
-            failure_config=ray.tune.FailureConfig(max_failures=1),
-            callbacks=[
-                _tracking(space, folder, tracking_uri),
-                Progress(search.trials, space.epochs, folder / TRIALS_FOLDER, single=search.trials == 1),
-            ],
-            verbose=0,
-        ),
-    )
-
-
-def _tracking(space: Space, folder: Path, tracking_uri: str) -> MLflowTracking:
-    searched = "\n".join(f"- `{key}`: {span}" for key, span in space.ranges.items()) or "Nothing: a single run."
-    count = f"{space.search.trials} trials" if space.search.trials > 1 else "1 trial"
-    return MLflowTracking(
-        StudyCard(
-            tracking_uri,
-            name=folder.name,
-            experiment=EXPERIMENT,
-            base=space.tree,
-            resources=dataclasses.asdict(space.resources),
-            space=(folder / SPACE_FILE).read_text(encoding="utf-8"),
-            searched=list(space.ranges),
-            epochs=space.epochs,
-            study_id=started(folder).get("id", ""),
-            folder=folder,
-            resolve=_resolved,
-            description=f"{count} of {space.epochs} epochs, searching\n\n{searched}",
-        )
-    )
-
-
 def _provenance(space: Space, corpus: Corpus) -> dict[str, str]:
     """What a run follows from beside its configuration."""
     return {f"raysv.version.{name}": text for name, text in versions().items()} | {
@@ -227,11 +201,6 @@ def _provenance(space: Space, corpus: Corpus) -> dict[str, str]:
         "raysv.seed": str(space.tree["training"]["seed"]),
         "raysv.speakers": str(len(corpus.train.speakers)),
     }
-
-
-def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
-    """What a trial's dial of augmentation comes to."""
-    return {f"recipe.{name}": value for name, value in vars(recipe(tree["augment"]["strength"])).items()}
 
 
 def git_revision() -> str:
@@ -248,8 +217,3 @@ def git_revision() -> str:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _trial_id(trial: Any) -> str:
-    """Folders of trials are named by their id alone: a resumed trial must find its own again."""
-    return str(trial.trial_id)

@@ -105,12 +105,17 @@ def evaluate(
 
 def eer_interval(scores: npt.ArrayLike, pairs: PairSet, generator: np.random.Generator) -> Interval | None:
     """The interval of the EER of a scored list over its speakers; None where they are fewer than `FEWEST_SPEAKERS`."""
-    enrolment = pairs.speakers[pairs.models.members[pairs.models.starts[pairs.enrolment]]]
-    test = pairs.speakers[pairs.test]
-    count = int(np.count_nonzero(np.bincount(np.concatenate([enrolment, test]))))
+    enrolment, test, count = pair_speakers(pairs)
     if count < FEWEST_SPEAKERS:
         return None
     return Interval(*bootstrap_eer(scores, pairs.same_speaker, enrolment, test, generator), count)
+
+
+def pair_speakers(pairs: PairSet) -> tuple[Indices, Indices, int]:
+    """The speaker of each pair's enrolment and of its test, and how many speakers there are."""
+    enrolment = pairs.speakers[pairs.models.members[pairs.models.starts[pairs.enrolment]]]
+    test = pairs.speakers[pairs.test]
+    return enrolment, test, int(np.count_nonzero(np.bincount(np.concatenate([enrolment, test]))))
 
 
 def pair_embeddings(

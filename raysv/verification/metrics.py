@@ -94,18 +94,37 @@ def bootstrap_eer(
     rounds: int = 1000,
     level: float = INTERVAL_LEVEL,
 ) -> tuple[float, float]:
-    """Interval of the EER if other speakers of the same population had been recorded.
+    """Interval of the EER if other speakers of the same population had been recorded: quantiles of `bootstrap_eers`.
+
+    Args:
+        level: share of the rounds that fall inside the interval.
+
+    Returns: its ends, `low` and `high`, in [0, 1].
+    """
+    rates = bootstrap_eers(scores, same_speaker, enrolment_speakers, test_speakers, generator, rounds)
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_eers(
+    scores: ArrayLike,
+    same_speaker: ArrayLike,
+    enrolment_speakers: ArrayLike,
+    test_speakers: ArrayLike,
+    generator: np.random.Generator,
+    rounds: int = 1000,
+) -> Array:
+    """EERs `(rounds,)` if other speakers of the same population had been recorded.
 
     Pairs that share a speaker err together, so speakers are drawn anew, not pairs. A round draws as many speakers as
     there are, with replacement. A pair of two speakers then counts as often as the product of how often each was
-    drawn, a pair of one as often as that one was. A round left without one kind of pair is drawn again.
+    drawn, a pair of one as often as that one was. A round left without one kind of pair is drawn again. Equal
+    generators draw equal speakers, whatever the scores: two systems can be compared round by round.
 
     Args:
         enrolment_speakers, test_speakers: `(pairs,)` names or numbers.
         generator: the randomness of the draws.
-        level: share of the rounds that fall inside the interval.
 
-    Returns: its ends, `low` and `high`, in [0, 1].
     Source: Poh and Bengio 2007, IEEE TPAMI 29(3), on user-level bootstraps.
     """
     values, same = _checked(scores, same_speaker)
@@ -120,8 +139,7 @@ def bootstrap_eer(
     rates: list[float] = []
     while len(rates) < rounds:
         rates += _bootstrap_rounds(pairs, len(names), min(rounds - len(rates), MOST_DRAWN // len(names) + 1), generator)
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return np.array(rates)
 
 
 def _bootstrap_rounds(pairs: _RankedPairs, speakers: int, rounds: int, generator: np.random.Generator) -> list[float]:

@@ -1,0 +1,47 @@
+"""The end of a study: its page, in its folder and in MLflow."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from raysv.search.confirmation import CONFIRMATION_FILE
+from raysv.search.mlflow_store import KIND, STUDY, STUDY_ID, connect, experiment_id, search_runs
+from raysv.search.page import REPORT_FILE, Report, make_report
+from raysv.search.stages import EXPERIMENT
+from raysv.search.study import BEST_FILE, Study, started
+from raysv.search.wording import first_line
+
+logger = logging.getLogger(__name__)
+
+
+def publish(study: Study, folder: Path, tracking_uri: str) -> Path | None:
+    """Write a study's page, and lay it with its figures beside the study's run in MLflow.
+
+    A study that has ended well must not end in this: what goes wrong is told.
+
+    Returns: the page; None where there is nothing to show.
+    """
+    try:
+        report = make_report(study, folder)
+        page = folder / REPORT_FILE
+        page.write_text(report.page, encoding="utf-8")
+    except Exception as error:
+        logger.warning("The study's page could not be written: %s.", first_line(error))
+        return None
+    try:
+        _upload(report, folder, tracking_uri)
+    except Exception as error:  # MLflow lets those of SQLAlchemy, requests and the file system through
+        logger.warning("The study's page could not be uploaded to MLflow: %s.", first_line(error))
+    return page
+
+
+def _upload(report: Report, folder: Path, tracking_uri: str) -> None:
+    client = connect(tracking_uri)
+    tags = {KIND: "study", STUDY: folder.name, STUDY_ID: started(folder).get("id") or folder.name}
+    for run in search_runs(client, experiment_id(tracking_uri, EXPERIMENT), tags):
+        for name in (REPORT_FILE, BEST_FILE, CONFIRMATION_FILE):
+            if (folder / name).is_file():
+                client.log_artifact(run.info.run_id, str(folder / name))
+        for name, figure in report.figures.items():
+            client.log_figure(run.info.run_id, figure, f"figures/{name}.png")

@@ -1,0 +1,88 @@
+"""Trials as Tune noted them, read back as data."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.tune import ExperimentAnalysis
+from ray.tune.experiment import Trial
+
+from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
+
+TUNE_SNAPSHOTS = "experiment_state-*.json"  # in Tune's folder, one by each driver
+ERROR_FILE = "error.txt"  # Tune's report of what a trial died of, in the trial's folder
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as it ended.
+
+    Attributes:
+        name: short, in the order of their start.
+        values: what it tried, by dotted key; without those that mean nothing beside the others.
+        metrics: its last result.
+        outcome: `complete`, `pruned`, `error` or `unfinished`, and `reason` for an error.
+        checkpoint: folder of its last checkpoint.
+    """
+
+    name: str
+    trial_id: str
+    values: dict[str, Any]
+    metrics: dict[str, Any]
+    outcome: str
+    reason: str
+    checkpoint: str
+
+    @property
+    def epoch(self) -> int:
+        """Its last epoch, 0 if it finished none."""
+        return int(self.metrics.get(TIME, 0))
+
+    @property
+    def eer(self) -> float:
+        """Its last EER on the dev pairs, chance if it has none."""
+        return float(self.metrics.get(METRIC, 0.5))
+
+
+def read_records(folder: Path, epochs: int) -> list[TrialRecord]:
+    """The trials in Tune's newest snapshot in a folder; none where there is no snapshot.
+
+    Args:
+        epochs: of a trial that is not stopped early.
+
+    Raises: ValueError when the snapshot cannot be read.
+    """
+    newest = max(folder.glob(TUNE_SNAPSHOTS), default=None)
+    if newest is None:
+        return []  # broken off before Tune had noted anything
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial may well have no result yet
+    try:
+        trials = ExperimentAnalysis(str(newest)).trials or []
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{newest} cannot be read: {error}. A driver was killed while it wrote it. Remove that file: the study "
+            "then stands where an earlier driver left it, or starts anew if there was none."
+        ) from error
+    return [_record(trial, epochs) for trial in trials]
+
+
+def _record(trial: Any, epochs: int) -> TrialRecord:
+    metrics = dict(trial.last_result or {})
+    end, reason = outcome(metrics, epochs)
+    if trial.status == Trial.ERROR:
+        end, reason = "error", error_in(Path(trial.path, ERROR_FILE))  # trial.error_file is only there while Ray runs
+    elif trial.status != Trial.TERMINATED:
+        end, reason = "unfinished", ""
+    return TrialRecord(
+        name=trial_name(trial),
+        trial_id=trial.trial_id,
+        values=dict(trial.config),
+        metrics=metrics,
+        outcome=end,
+        reason=reason,
+        checkpoint=str(metrics.get("checkpoint_path", "")),
+    )

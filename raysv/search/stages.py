@@ -1,0 +1,177 @@
+"""What Tune runs at one go: the search, and then the confirmation of what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+from optuna.trial import FrozenTrial
+from ray.tune.schedulers import TrialScheduler
+
+from raysv.search.cards import CONFIRMING, TRIAL_KIND, StudyCard
+from raysv.search.confirmation import SEED, Candidate, points, seeds
+from raysv.search.progress import Progress
+from raysv.search.proposals import OptunaProposals
+from raysv.search.results import METRIC
+from raysv.search.samplers import make_sampler
+from raysv.search.space import Range, Space
+from raysv.search.stopping import make_stopping
+from raysv.search.study import CONFIRM_FOLDER, SPACE_FILE, TUNE_FOLDER, started
+from raysv.search.tracking import MLflowTracking
+from raysv.search.trial import Job, run_trial
+from raysv.speech.augmentation import recipe
+
+EXPERIMENT = "raysv"  # of MLflow
+OPTUNA_FILE, JOURNAL_FILE, TRIALS_FOLDER = "optuna.db", "stopping.jsonl", "trials"  # below the study's folder
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Trials of one kind.
+
+    Attributes:
+        tune_folder: where Tune keeps its record, below the study's folder.
+        kind: of its runs in MLflow.
+        proposals: makes what proposes; it opens Optuna's storage, so not before the stage starts anew.
+        fresh: files that a driver may have left which was killed before its first trial.
+    """
+
+    tune_folder: str
+    kind: str
+    trials: int
+    proposals: Callable[[], OptunaProposals]
+    stopping: TrialScheduler | None = None
+    fresh: tuple[str, ...] = ()
+
+
+def search_stage(space: Space, folder: Path, earlier: Sequence[FrozenTrial] = ()) -> Stage:
+    """The search: Optuna proposes, and what lags behind is stopped early.
+
+    Args:
+        earlier: trials of other studies that the sampler learns from.
+    """
+    search = space.search
+    return Stage(
+        TUNE_FOLDER,
+        TRIAL_KIND,
+        search.trials,
+        functools.partial(
+            OptunaProposals,
+            space.ranges,
+            epochs=space.epochs,
+            storage=_storage(folder),
+            study_name=folder.name,
+            points=space.first_points(),
+            earlier=earlier,
+            sampler=make_sampler(search.sampler, space.ranges, search.seed),
+        ),
+        make_stopping(
+            search.early_stopping,
+            folder / JOURNAL_FILE,
+            epochs=space.epochs,
+            grace_epochs=search.grace_epochs,
+            reduction_factor=search.reduction_factor,
+        ),
+        fresh=(OPTUNA_FILE, JOURNAL_FILE),
+    )
+
+
+def confirmation_stage(space: Space, folder: Path, chosen: Sequence[Candidate]) -> Stage:
+    """The confirmation: the chosen configurations once for each new seed, all of them to the end."""
+    again = points(space, chosen)
+    ranges = space.ranges | {SEED: Range("choice", tuple(seeds(space)))}
+    return Stage(
+        CONFIRM_FOLDER,
+        CONFIRMING,
+        len(again),
+        functools.partial(
+            OptunaProposals,
+            ranges,
+            epochs=space.epochs,
+            storage=_storage(folder),
+            study_name=f"{folder.name}, confirmation",
+            points=again,
+            sampler=make_sampler("random", ranges, space.search.seed),
+        ),
+    )
+
+
+def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_uri: str, *, resume: bool) -> None:
+    """Run a stage to its end, or go on with it."""
+    trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
+    if resume:
+        ray.tune.Tuner.restore(str(folder / stage.tune_folder), trainable, resume_errored=True).fit()
+        return
+    for remains in stage.fresh:
+        (folder / remains).unlink(missing_ok=True)
+    make_tuner(stage, trainable, job.space, folder, concurrent, tracking_uri).fit()
+
+
+def make_tuner(
+    stage: Stage, trainable: Any, space: Space, folder: Path, concurrent: int, tracking_uri: str
+) -> ray.tune.Tuner:
+    """Tune for a stage that starts."""
+    single = space.search.trials == 1
+    return ray.tune.Tuner(
+        trainable,
+        tune_config=ray.tune.TuneConfig(
+            metric=METRIC,
+            mode="min",
+            num_samples=stage.trials,
+            max_concurrent_trials=concurrent,
+            search_alg=stage.proposals(),
+            scheduler=stage.stopping,
+            reuse_actors=True,  # the next trial gets a process, or a team of them, that has started already
+            trial_name_creator=_trial_id,
+            trial_dirname_creator=_trial_id,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=stage.tune_folder,
+            storage_path=str(folder),
+            failure_config=ray.tune.FailureConfig(max_failures=1),
+            callbacks=[
+                MLflowTracking(_card(stage, space, folder, tracking_uri)),
+                Progress(stage.trials, space.epochs, folder / TRIALS_FOLDER, single=single, kind=stage.kind),
+            ],
+            verbose=0,
+        ),
+    )
+
+
+def _storage(folder: Path) -> str:
+    return f"sqlite:///{folder / OPTUNA_FILE}"
+
+
+def _card(stage: Stage, space: Space, folder: Path, tracking_uri: str) -> StudyCard:
+    searched = "\n".join(f"- `{key}`: {span}" for key, span in space.ranges.items()) or "Nothing: a single run."
+    count = f"{space.search.trials} trials" if space.search.trials > 1 else "1 trial"
+    return StudyCard(
+        tracking_uri,
+        name=folder.name,
+        experiment=EXPERIMENT,
+        kind=stage.kind,
+        base=space.tree,
+        resources=dataclasses.asdict(space.resources),
+        space=(folder / SPACE_FILE).read_text(encoding="utf-8"),
+        searched=list(space.ranges),
+        epochs=space.epochs,
+        study_id=started(folder).get("id", ""),
+        folder=folder,
+        resolve=_resolved,
+        description=f"{count} of {space.epochs} epochs, searching\n\n{searched}",
+    )
+
+
+def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """What a trial's dial of augmentation comes to."""
+    return {f"recipe.{name}": value for name, value in vars(recipe(tree["augment"]["strength"])).items()}
+
+
+def _trial_id(trial: Any) -> str:
+    """Folders of trials are named by their id alone: a resumed trial must find its own again."""
+    return str(trial.trial_id)
