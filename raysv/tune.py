@@ -91,7 +91,7 @@ def _tune(chosen: argparse.Namespace) -> int:
         space = load_space(folder)
         uri = started(folder)["tracking_uri"]
         study = read_study(folder)
-        if not study.unfinished and not study.broken:
+        if not study.unfinished and not study.broken and not study.unconfirmed:
             print(f"Study {folder.name} is complete.")
             study.write(folder)
             return _conclude(study, folder, uri)
@@ -110,7 +110,7 @@ def _tune(chosen: argparse.Namespace) -> int:
     known = [earlier_trials(space, find_study(chosen.results, name), corpus.digest) for name in names]
     if not resume:
         folder = open_study(space, chosen.results, uri, chosen.name)
-        note_start(folder, warm_start=[earlier.study for earlier in known])
+        note_start(folder, warm_start=[str(find_study(chosen.results, name)) for name in names])
     _introduce(space, folder, uri, corpus)
     for earlier in known:
         print(f"Knows    {earlier}", flush=True)
@@ -125,6 +125,12 @@ def _introduce(space: Space, folder: Path, uri: str, corpus: Corpus) -> None:
     stopping = "all to the end" if early == "none" else f"stopped early by {STOPPING[early]}"
     print(f"Study    {folder.name}: {space.search.trials} trials of up to {space.epochs} epochs, {stopping}")
     print(f"Proposes {SAMPLERS[sampler]}, after {len(space.first_points())} published settings")
+    if space.search.confirm and space.ranges:
+        print(
+            f"Confirms the best {space.search.confirm} and the paper's setting from {space.search.confirm_seeds} seeds"
+        )
+    if space.second:
+        print(f"Lowers   the EER and {space.second}")
     print(f"Searches {searched}")
     print(f"Data     {space.tree['data']['root']}: {corpus}")
     print(f"Results  {folder}\nMLflow   {uri}", flush=True)
@@ -141,6 +147,8 @@ def _conclude(study: Study, folder: Path, uri: str) -> int:
     if study.best is None:
         print(f"No trial ended well. The reasons are above and in {shown(folder / TRIALS_FILE)}", file=sys.stderr)
         return 1
+    if study.front:
+        print(f"Front of EER and {study.space.second}: {', '.join(trial.name for trial in study.front)}\n")
     if study.confirmation:
         print(f"Trained again from {len(study.confirmation.seeds)} new seeds:\n\n{study.confirmed_table()}\n")
         print(f"Best: {study.confirmation.verdict()}\n\nNext:")

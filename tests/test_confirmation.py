@@ -20,6 +20,9 @@ from raysv.search.confirmation import (
 from raysv.search.records import TrialRecord
 from raysv.search.results import METRIC, TIME
 from raysv.search.space import Space, space_from_dict
+from raysv.verification.confidence import mean_over_seeds
+from raysv.verification.evaluation import pair_speakers
+from raysv.verification.metrics import bootstrap_eers
 
 EPOCHS = 3
 PAPER = {"loss.margin": 0.2, "augment.strength": 0.5}
@@ -75,12 +78,15 @@ def test_nothing_is_confirmed_where_nothing_is_to_be_or_nothing_ended(space: Spa
     off = space_from_dict(TREE | {"search": {"confirm": 0}}, "small")
     assert candidates(off, SEARCHED) == []
     assert candidates(space, [SEARCHED[2]]) == []
+    assert candidates(space, SEARCHED[:1]) == []  # the paper's setting alone has nothing to be compared with
     assert candidates(space_from_dict({"search": {"trials": 1}}, "run"), [record("t000", 0.1, {})]) == []
 
 
 def test_every_candidate_runs_with_every_new_seed_the_first_seed_first(space: Space) -> None:
     chosen = candidates(space, SEARCHED)
     assert seeds(space) == [8, 9, 10]
+    last = space_from_dict(TREE | {"training": {"epochs": EPOCHS, "seed": 2**31 - 1}}, "last")
+    assert seeds(last) == [0, 1, 2]
     again = points(space, chosen)
     assert len(again) == 9
     assert again[:3] == [candidate.values | {"training.seed": 8} for candidate in chosen]
@@ -117,7 +123,8 @@ def test_the_lowest_mean_wins_and_is_compared_with_the_paper_s(space: Space, dev
     assert found.gain is not None
     assert found.gain.mean == pytest.approx(0.09)
     assert found.beyond_noise  # each seed gains about 0.09, and four speakers are too few to be drawn from
-    assert "lower than the paper's setting by 9.00 points" in found.verdict() and "beyond the noise" in found.verdict()
+    assert "Against the paper's setting that is lower by 9.00 points" in found.verdict()
+    assert "beyond the noise" in found.verdict()
 
 
 def test_speakers_widen_the_interval_where_there_are_enough(
@@ -127,9 +134,20 @@ def test_speakers_widen_the_interval_where_there_are_enough(
     alone = conclude(space, candidates(space, SEARCHED), runs, dev)
     monkeypatch.setattr(confirmation, "FEWEST_SPEAKERS", 4)
     both = conclude(space, candidates(space, SEARCHED), runs, dev)
-    assert both.gain is not None and alone.gain is not None
-    assert both.gain.mean == alone.gain.mean
-    assert both.winner.estimate.high - both.winner.estimate.low > 0
+    width = [found.winner.estimate.high - found.winner.estimate.low for found in (both, alone)]
+    scores = [np.load(Path(run.checkpoint, "dev_scores.npy")) for run in runs]
+    assert both.winner.estimate.mean == alone.winner.estimate.mean
+    # more variance, and more degrees of freedom: compared with the seeds' alone at as many, it is wider
+    assert width[0] != width[1]
+    by_speakers = np.mean(
+        [
+            bootstrap_eers(own, dev.same_speaker, *pair_speakers(dev)[:2], np.random.default_rng(0))
+            for own in scores[3:6]  # of t003
+        ],
+        axis=0,
+    )
+    expected = mean_over_seeds(both.winner.eers, by_speakers, 4)
+    assert (both.winner.estimate.low, both.winner.estimate.high) == (max(expected.low, 0), expected.high)
 
 
 def test_a_gain_that_seeds_do_not_agree_on_may_be_chance(space: Space, dev: PairSet, tmp_path: Path) -> None:
@@ -138,6 +156,12 @@ def test_a_gain_that_seeds_do_not_agree_on_may_be_chance(space: Space, dev: Pair
     assert found.winner.name == "t003"
     assert not found.beyond_noise
     assert found.verdict().endswith("that may be chance.")
+
+
+def test_where_the_space_has_no_room_for_the_paper_s_setting_it_is_not_called_so() -> None:
+    narrow = space_from_dict(TREE | {"loss": {"kind": "aam", "margin": {"uniform": [0.3, 0.5]}}}, "narrow")
+    assert narrow.reference() == "what this space has nearest to the paper's setting (loss.kind aam, loss.margin 0.3)"
+    assert space_from_dict(TREE, "small").reference() == "the paper's setting"
 
 
 def test_the_paper_s_setting_may_win_itself(space: Space, dev: PairSet, tmp_path: Path) -> None:
@@ -153,6 +177,7 @@ def test_a_candidate_of_which_a_run_failed_cannot_win_and_is_named(
 ) -> None:
     found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, NOISE, failed), dev)
     assert found.failed == [failed]
+    assert f"Of {failed} a run failed, which cannot win." in found.verdict()
     assert found.winner.name == ("t001" if failed == "t003" else "t003")
     assert (found.gain is None) == (failed == "t000")
 

@@ -186,6 +186,34 @@ def test_the_report_of_a_study_is_a_page(desk: Desk, study: tuple[Path, str]) ->
 
 
 @pytest.mark.slow
+def test_one_seed_and_one_trial_at_a_time_give_the_same_study_twice(desk: Desk) -> None:
+    options = ("--set", "search.concurrent_trials=1", "--set", "search.trials=7", "--set", "training.epochs=2")
+    for name in ("once", "twice"):
+        desk.run("tune.py", "space.yaml", "--name", name, *options, "--set", "search.seed=5")
+    once, twice = (trials_of(desk.folder / "results" / name) for name in ("once", "twice"))
+    told = [key for key in once[0] if key not in ("trial_id", "checkpoint")]
+    assert [[row[key] for key in told] for row in once] == [[row[key] for key in told] for row in twice]
+    assert len({row["loss.margin"] for row in once}) == 6  # two published ones, which agree in it, and TPE's
+
+
+@pytest.mark.slow
+def test_a_study_of_two_objectives_tells_their_front(desk: Desk) -> None:
+    options = (
+        "--set",
+        "search.second_objective=cost",
+        "--set",
+        "search.early_stopping=none",
+        "--set",
+        "search.trials=3",
+    )
+    words = desk.run("tune.py", "space.yaml", "--name", "two", *options, "--set", "training.epochs=1")
+    assert "Lowers   the EER and speed/epoch_seconds" in words
+    assert "Front of EER and speed/epoch_seconds: t0" in words
+    assert "s/epoch" in words and "complete, on the front" in words
+    assert "Two objectives" in (desk.folder / "results" / "two" / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_the_papers_setting_is_the_first_trial(study: tuple[Path, str]) -> None:
     folder, _ = study
     first = next(row for row in trials_of(folder) if row["trial"] == "t000")

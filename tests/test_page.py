@@ -1,3 +1,5 @@
+import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -70,19 +72,19 @@ def test_the_page_needs_nothing_beside_itself_and_is_well_formed(study: Study, t
 
 
 def test_what_moves_the_error_rate_is_important_and_what_does_not_is_not(study: Study) -> None:
-    curves = {one.name: {1: 0.4 + one.values["loss.margin"]} for one in study.trials}
+    curves = {one.name: {2: 0.4 + one.values["loss.margin"]} for one in study.trials}
     found = importance(study, curves)
     assert found is not None
     epoch, shares = found
-    assert epoch == study.space.search.grace_epochs == 1
+    assert epoch == study.space.grace_epochs == 2
     assert shares["loss.margin"] > 0.8
     assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_too_few_trials_or_no_differences_say_nothing_of_importance(study: Study) -> None:
-    same = {one.name: {1: 0.3} for one in study.trials}
+    same = {one.name: {2: 0.3} for one in study.trials}
     assert importance(study, same) is None
-    few = {name: {1: 0.1 * number} for number, name in enumerate(list(same)[:5])}
+    few = {name: {2: 0.1 * number} for number, name in enumerate(list(same)[:5])}
     assert importance(study, few) is None
 
 
@@ -91,12 +93,28 @@ def test_a_confirmed_study_leads_with_the_verdict(study: Study, tmp_path: Path) 
         Standing("t001", study.trials[1].values, [0.1, 0.12], Estimate(0.11, 0.08, 0.14)),
         Standing("t000", study.trials[0].values, [0.15, 0.13], Estimate(0.14, 0.11, 0.17)),
     ]
-    confirmed = Confirmation([1, 2], 20, standings, "t000", Estimate(0.03, 0.01, 0.05), [])
-    said = words(make_report(Study(study.space, study.trials, [], confirmed), tmp_path).page)
+    confirmed = Confirmation([1, 2], 20, standings, "t000", "the paper's setting", Estimate(0.03, 0.01, 0.05), ["t002"])
+    said = words(make_report(Study(study.space, study.trials, confirmation=confirmed), tmp_path).page)
     assert "From new seeds, t001 has the lowest mean EER, 11.00 % (90 % interval 8.00 to 14.00)." in said
-    assert "by 3.00 points (1.00 to 5.00): beyond the noise of seeds and speakers." in said
+    assert "that is lower by 3.00 points (1.00 to 5.00): beyond the noise of seeds and speakers." in said
+    assert "Of t002 a run failed, which cannot win." in said
     assert "t000 (paper)" in said
     assert "confirmed mean EER" in said
+
+
+def test_a_space_of_words_alone_has_no_slices_and_its_figures_can_be_drawn(study: Study, tmp_path: Path) -> None:
+    space = space_from_dict({"optimizer": {"name": {"choice": ["adamw", "sgd"]}}, "training": {"epochs": EPOCHS}}, "w")
+    trials = [dataclasses.replace(one, values={"optimizer.name": "sgd"}) for one in study.trials]
+    report = make_report(Study(space, trials), tmp_path)
+    assert "slices" not in report.figures
+    for figure in report.figures.values():
+        figure.savefig(io.BytesIO(), format="png")
+
+
+def test_what_a_failed_trial_did_not_train_was_not_saved(study: Study, tmp_path: Path) -> None:
+    failed = dataclasses.replace(study.trials[-1], outcome="error", reason="killed")
+    said = words(make_report(Study(study.space, [*study.trials[:4], failed]), tmp_path).page)
+    assert "16 of 16" in said
 
 
 def test_a_trial_whose_checkpoint_is_out_of_reach_still_has_its_last_result(study: Study, tmp_path: Path) -> None:

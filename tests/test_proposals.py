@@ -257,3 +257,34 @@ def test_the_success_of_a_retry_is_added_without_what_it_did_not_have(storage: s
     search.on_trial_complete("a", error=True)
     search.on_trial_complete("a", result(EPOCHS, 0.1, **in_config(values)))
     assert stored(storage)[1].params == values
+
+
+SECOND = "dev/min_dcf_0.01"
+
+
+def test_two_objectives_are_told_to_optuna_which_keeps_their_front(storage: str) -> None:
+    search = proposals(storage, second=SECOND)
+    for name, eer, cost in (("a", 0.1, 0.9), ("b", 0.2, 0.5), ("c", 0.3, 0.6)):
+        search.suggest(name)
+        search.on_trial_result(name, result(1, 0.4, **{SECOND: 1.0}))
+        search.on_trial_complete(name, result(EPOCHS, eer, **{SECOND: cost}))
+    found = optuna.load_study(study_name="study", storage=storage)
+    assert [trial.values for trial in found.trials] == [[0.1, 0.9], [0.2, 0.5], [0.3, 0.6]]
+    assert sorted(trial.number for trial in found.best_trials) == [0, 1]
+
+
+def test_a_trial_without_the_second_objective_failed(storage: str) -> None:
+    search = proposals(storage, second=SECOND)
+    search.suggest("a")
+    search.on_trial_complete("a", result(1, 0.5, failure="the loss is NaN"))
+    assert [trial.state for trial in stored(storage)] == [TrialState.FAIL]
+
+
+@pytest.mark.parametrize("kind", ["tpe", "gp"])
+def test_models_propose_with_two_objectives_too(storage: str, kind: str) -> None:
+    search = proposals(storage, second=SECOND, sampler=make_sampler(kind, SPACE, 0))
+    for number in range(9):  # beyond the random start
+        values = search.suggest(str(number))
+        assert values is not None
+        search.on_trial_complete(str(number), result(EPOCHS, values["loss.margin"], **{SECOND: values["loss.scale"]}))
+    assert len(stored(storage)) == 9

@@ -286,6 +286,21 @@ def test_folders_are_settled_where_the_study_is_started(tmp_path, monkeypatch):
             ["augment.kinds: choice takes a list of texts or numbers"],
         ),
         ({"training": {"epochs": {"int": [1, 9]}}}, ["training.epochs cannot be searched"]),
+        ({"training": {"seed": {"choice": [0, 1]}}}, ["training.seed cannot be searched: the luckiest seed"]),
+        (
+            KINDS | {"search": {"sampler": "gp"}},
+            ["search.sampler is gp, which", "keys with when by chance"],
+        ),
+        (
+            {
+                "loss": {
+                    "kind": {"choice": ["aam", "aam_supcon"]},
+                    "temperature": {"uniform": [0.1, 1], "when": {"optimizer.name": ["sgd"]}},
+                },
+                "optimizer": {"name": {"choice": ["adamw", "sgd"]}},
+            },
+            ["loss.temperature means nothing where loss.kind is aam"],
+        ),
         ({"search": {"trails": 3}}, ["Unknown key search.trails.", "Did you mean trials?"]),
         ({"search": {"trials": {"int": [1, 2]}}}, ["search.trials must be a whole number"]),
         ({"search": {"trials": 0}}, ["search.trials must be at least 1"]),
@@ -350,6 +365,10 @@ def test_folders_are_settled_where_the_study_is_started(tmp_path, monkeypatch):
             ["The grid has 6 combinations; set search.trials to that, not to 20."],
         ),
         (
+            OPEN | {"search": {"second_objective": "cost"}},
+            ["search.second_objective is cost, but asha stops what lags behind in EER", "early_stopping to none"],
+        ),
+        (
             KINDS | {"search": {"sampler": "grid"}},
             ["search.sampler is grid, but", "loss.temperature", "has no end of values"],
         ),
@@ -380,3 +399,24 @@ def test_sections_may_be_left_empty(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"No file .*gone\.yaml"):
         read_space(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "given", "expected"),
+    [
+        (20, 1.0, None, 3),
+        (9, 1.0, None, 2),
+        (6, 2.5, None, 3),
+        (2, 2.0, None, 2),
+        (80, 6.0, None, 9),
+        (20, 1.0, 5, 5),
+        (3, 0.0, 9, 3),
+    ],
+)
+def test_trials_get_a_ninth_of_the_epochs_and_more_than_the_warm_up(epochs, warmup, given, expected):
+    tree = {
+        "training": {"epochs": epochs},
+        "optimizer": {"warmup_epochs": warmup},
+        "search": {} if given is None else {"grace_epochs": given},
+    }
+    assert space_from_dict(tree, "").grace_epochs == expected

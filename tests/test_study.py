@@ -11,6 +11,7 @@ import ray
 import ray.tune
 
 from raysv.config import read_yaml
+from raysv.search.confirmation import Candidate, Confirmation
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC, TIME
 from raysv.search.space import Space, space_from_dict
@@ -229,6 +230,42 @@ class BreakOff(ray.tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         if trial.config["loss.margin"] == 0.4:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_study_is_not_over_before_its_conclusion_is_drawn() -> None:
+    """A driver may be killed after the last confirming run, before it could say what they came to."""
+    space = space_from_dict(TREE | {"search": {"trials": 2, "confirm": 1, "confirm_seeds": 2}}, "small")
+    trials = [record("t0", "complete", 0.3), record("t1", "complete", 0.2)]
+    searched = Study(space, trials)
+    assert [candidate.name for candidate in searched.candidates] == ["t1", "paper"]
+    assert (searched.unsearched, searched.unfinished, searched.unconfirmed) == (0, 4, True)
+    runs = [record(f"c{number}", "complete", 0.2) for number in range(4)]
+    concluding = dataclasses.replace(searched, chosen=searched.candidates, confirming=runs)
+    assert (concluding.unfinished, concluding.unconfirmed) == (0, True)
+    found = Confirmation([1, 2], 4, [], "paper", "the paper's setting", None, [])
+    over = dataclasses.replace(concluding, confirmation=found)
+    assert (over.unfinished, over.unconfirmed) == (0, False)
+    died = dataclasses.replace(over, confirming=[*runs[:3], record("c3", "error", reason="killed")])
+    assert died.unconfirmed  # it is repeated, and the conclusion drawn anew
+
+
+def test_what_is_to_be_confirmed_does_not_change_when_a_trial_is_repeated_later() -> None:
+    space = space_from_dict(TREE | {"search": {"trials": 2, "confirm": 1}}, "small")
+    chosen = [Candidate("t0", {"loss.margin": 0.1})]
+    assert Study(space, [record("t1", "complete", 0.01)], chosen=chosen).candidates == chosen
+
+
+def test_the_front_of_two_objectives_is_what_none_is_better_than_in_both() -> None:
+    search = {"trials": 5, "confirm": 0, "early_stopping": "none", "second_objective": "min_dcf"}
+    space = space_from_dict(TREE | {"search": search}, "two")
+    trials = [record(f"t{number}", "complete", eer) for number, eer in enumerate((0.3, 0.1, 0.2, 0.1, 0.4))]
+    for trial, cost in zip(trials, (0.5, 0.9, 0.6, 0.8, 0.5), strict=True):
+        trial.metrics["dev/min_dcf_0.01"] = cost
+    study = Study(space, trials)
+    assert [trial.name for trial in study.front] == ["t3", "t2", "t0"]
+    lines = study.table().splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("complete, on the front")] == ["t3", "t2", "t0"]
+    assert Study(space_from_dict(TREE, "one"), trials).front == []
 
 
 def test_what_died_of_an_accident_is_broken_but_what_diverged_is_not(space: Space) -> None:

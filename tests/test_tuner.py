@@ -16,7 +16,7 @@ from raysv.search.space import ResourcesConfig, Space, space_from_dict
 from raysv.search.study import open_study, started
 from raysv.search.trial import Job
 
-TREE = {"loss": {"margin": {"uniform": [0.0, 0.5]}}, "search": {"trials": 6}}
+TREE = {"loss": {"margin": {"uniform": [0.0, 0.5]}}, "search": {"trials": 6, "confirm": 1}}
 SEARCH_RECORDS = ("optuna.db", "stopping.jsonl")
 CORPUS: Any = SimpleNamespace(digests={}, digest="abc", left_out={}, train=SimpleNamespace(speakers=[]))
 
@@ -108,7 +108,7 @@ def test_a_study_that_starts_anew_takes_the_room_there_is(
 
 def as_found(trials: int, unsearched: int = 1, **more: Any) -> Any:
     """A study as far as the tuner looks at one."""
-    nothing = {"broken": 0, "candidates": [], "confirming": [], "confirmation": None, "unfinished": 0}
+    nothing = {"broken": 0, "candidates": [], "confirming": [], "unconfirmed": False, "unfinished": 0}
     fields = nothing | {"trials": ["x"] * trials, "unsearched": unsearched} | more
     return SimpleNamespace(**fields, table=lambda: "", write=lambda _: None)
 
@@ -139,10 +139,13 @@ def test_a_study_whose_search_has_ended_goes_on_with_its_confirmation(
     space: Space, folder: Path, stages_run: list[Any], monkeypatch: pytest.MonkeyPatch, confirming: int
 ) -> None:
     chosen = [Candidate("t000", {"loss.margin": 0.2})]
-    found = as_found(6, unsearched=0, candidates=chosen, confirming=["x"] * confirming, unfinished=1, space=space)
+    found = as_found(
+        6, unsearched=0, candidates=chosen, unconfirmed=True, confirming=["x"] * confirming, unfinished=1, space=space
+    )
     monkeypatch.setattr(tuner, "read_study", lambda _: found)
     tuner.run_study(space, folder, CORPUS, "sqlite:///mlflow.db", resume=True)
     assert stages_run == [("confirmation", bool(confirming))]
+    assert started(folder)["candidates"] == [{"name": "t000", "values": {"loss.margin": 0.2}}]
 
 
 def test_a_study_with_trials_that_died_repeats_them_before_it_confirms(
@@ -153,11 +156,27 @@ def test_a_study_with_trials_that_died_repeats_them_before_it_confirms(
     assert stages_run == [("trial", True)]
 
 
+def test_a_confirmation_that_starts_anew_forgets_what_a_killed_driver_had_proposed(
+    space: Space, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver died before Tune had noted a run: a point that it took must not be missing now."""
+    (folder / "optuna.db").unlink()
+    monkeypatch.setattr(stages, "make_tuner", lambda stage, *_: SimpleNamespace(fit=lambda: None))
+    stage = stages.confirmation_stage(space, folder, [Candidate("t000", {"loss.margin": 0.2})])
+    stage.proposals().suggest("taken")
+    job = Job(space, 0.0, str(folder), {}, room=1, head="")
+    stages.run_stage(stage, job, folder, 1, "sqlite:///mlflow.db", resume=False)
+    again = stage.proposals()
+    seeds = [(again.suggest(str(number)) or {})["training.seed"] for number in range(3)]
+    assert seeds == [1, 2, 3]
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_stage_that_starts_anew_leaves_nothing_of_one_that_died_before_its_first_trial(
     space: Space, folder: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
     done: list[str] = []
+    monkeypatch.setattr(stages, "_forget", lambda *_: None)  # the records here are none of Optuna's
     monkeypatch.setattr(ray.tune.Tuner, "restore", lambda *_, **__: SimpleNamespace(fit=lambda: done.append("go on")))
     monkeypatch.setattr(stages, "make_tuner", lambda *_: SimpleNamespace(fit=lambda: done.append("anew")))
     job = Job(space, 0.0, str(folder), {}, room=1, head="")

@@ -7,6 +7,7 @@ not seen, and what they have in the mean counts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from raysv.verification.metrics import INTERVAL_LEVEL, bootstrap_eers
 
 CONFIRMATION_FILE = "confirmation.yaml"
 SEED = "training.seed"
+SEEDS = 2**31  # how many there are
 PAPER = "paper"  # the name of its setting where no trial of the search had it
 
 
@@ -56,7 +58,8 @@ class Confirmation:
     """Candidates, the lowest mean EER first.
 
     Attributes:
-        paper: the name of the candidate that has the paper's setting.
+        paper: the name of the candidate that has the paper's setting, and `reference`, what that is to be called: a
+            space may have no room for it, only for something near.
         gain: how much lower the winner's mean EER is than the paper's, paired over seeds and speakers; None where the
             paper's setting won itself or did not come to its end. Its interval is widened for having chosen the winner
             among several.
@@ -67,6 +70,7 @@ class Confirmation:
     speakers: int
     standings: list[Standing]
     paper: str
+    reference: str
     gain: Estimate | None
     failed: list[str]
 
@@ -86,14 +90,16 @@ class Confirmation:
         estimate = winner.estimate
         interval = f"{level} {100 * estimate.low:.2f} to {100 * estimate.high:.2f}"
         text = f"{winner.name} has the lowest mean EER, {100 * estimate.mean:.2f} % ({interval})."
+        if self.failed:
+            text += f" Of {', '.join(self.failed)} a run failed, which cannot win."
         if winner.name == self.paper:
-            return f"{text} It is the paper's setting: nothing that was found is better."
+            return f"{text} It is {self.reference}: nothing that was found is better."
         if self.gain is None:
-            return f"{text} The paper's setting did not come to its end, so there is nothing to compare it with."
+            return f"{text} There is nothing to compare it with: {self.reference} did not come to its end."
         points = f"{100 * self.gain.mean:.2f} points ({100 * self.gain.low:.2f} to {100 * self.gain.high:.2f})"
         if self.beyond_noise:
-            return f"{text} It is lower than the paper's setting by {points}: beyond the noise of seeds and speakers."
-        return f"{text} It is lower than the paper's setting by {points}: that may be chance."
+            return f"{text} Against {self.reference} that is lower by {points}: beyond the noise of seeds and speakers."
+        return f"{text} Against {self.reference} that is lower by {points}: that may be chance."
 
 
 def candidates(space: Space, trials: Sequence[TrialRecord]) -> list[Candidate]:
@@ -109,13 +115,13 @@ def candidates(space: Space, trials: Sequence[TrialRecord]) -> list[Candidate]:
     if all(other.values != paper for other in chosen):
         tried = next((trial.name for trial in trials if trial.values == paper), PAPER)
         chosen.append(Candidate(tried, paper))
-    return chosen
+    return chosen if len(chosen) > 1 else []  # one alone cannot be compared
 
 
 def seeds(space: Space) -> list[int]:
     """The new seeds: those that follow on the search's own."""
     own = int(space.tree["training"]["seed"])
-    return [own + 1 + number for number in range(space.search.confirm_seeds)]
+    return [(own + 1 + number) % SEEDS for number in range(space.search.confirm_seeds)]
 
 
 def points(space: Space, chosen: Sequence[Candidate]) -> list[dict[str, Any]]:
@@ -138,7 +144,7 @@ def conclude(space: Space, chosen: Sequence[Candidate], runs: Sequence[TrialReco
             candidate.name,
             candidate.values,
             eers[candidate.name],
-            mean_over_seeds(eers[candidate.name], drawn.get(candidate.name), speakers),
+            _as_rate(mean_over_seeds(eers[candidate.name], drawn.get(candidate.name), speakers)),
         )
         for candidate in chosen
         if candidate.name in eers
@@ -155,7 +161,12 @@ def conclude(space: Space, chosen: Sequence[Candidate], runs: Sequence[TrialReco
         by_speakers = drawn[paper] - drawn[winner.name] if drawn else None
         gain = mean_over_seeds(lower, by_speakers, speakers, 1 - (1 - INTERVAL_LEVEL) / others)
     failed = [candidate.name for candidate in chosen if candidate.name not in eers]
-    return Confirmation(seeds(space), speakers, standings, paper, gain, failed)
+    return Confirmation(seeds(space), speakers, standings, paper, space.reference(), gain, failed)
+
+
+def _as_rate(estimate: Estimate) -> Estimate:
+    """Few seeds make wide intervals, but no error rate is below 0 or above 1."""
+    return Estimate(estimate.mean, max(estimate.low, 0.0), min(estimate.high, 1.0))
 
 
 def _collect(
@@ -198,7 +209,9 @@ def write_confirmation(confirmation: Confirmation, folder: Path) -> None:
         standing["estimate"] = list(standing["estimate"])
     tree["gain"] = list(confirmation.gain) if confirmation.gain else None
     header = f"The best configurations of study {folder.name} trained again from new seeds.\n{confirmation.verdict()}"
-    write_yaml(tree, folder / CONFIRMATION_FILE, header)
+    aside = folder / f"{CONFIRMATION_FILE}.partial"
+    write_yaml(tree, aside, header)
+    os.replace(aside, folder / CONFIRMATION_FILE)  # a driver may be killed while it writes
 
 
 def read_confirmation(folder: Path) -> Confirmation | None:

@@ -185,6 +185,26 @@ def interaction(points: Sequence[Point], across: str, up: str, log: Collection[s
     return figure
 
 
+def pareto_front(
+    points: Sequence[tuple[float, float]], front: Sequence[tuple[float, float]], names: Sequence[str], up: str
+) -> Figure:
+    """EER against a second objective; those that none is better than in both, joined and named.
+
+    Args:
+        points, front: EER and the second objective of each trial.
+        names: of the trials on the front.
+        up: what the second objective is.
+    """
+    figure, axes = _axes(4.8, 3.8)
+    axes.scatter([100 * eer for eer, _ in points], [value for _, value in points], s=24, color="0.7")
+    eers, values = [100 * eer for eer, _ in front], [value for _, value in front]
+    axes.plot(eers, values, drawstyle="steps-post", color=COLOURS[1], linewidth=1.4, marker="o")
+    for eer, value, name in zip(eers, values, names, strict=True):
+        axes.annotate(name, (eer, value), xytext=(5, 5), textcoords="offset points", fontsize=9)
+    axes.set(xlabel="EER on the dev pairs (%)", ylabel=up)
+    return figure
+
+
 def importance_bars(importances: Mapping[str, float]) -> Figure:
     """Shares of the EERs' variance, the largest on top."""
     figure, axes = _axes(7.2, 0.6 + 0.36 * len(importances))

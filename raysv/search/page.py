@@ -21,6 +21,7 @@ from raysv.search.figures import (
     interaction,
     learning_curves,
     parallel_coordinates,
+    pareto_front,
     read_det,
     slices,
 )
@@ -81,9 +82,10 @@ def make_report(study: Study, folder: Path) -> Report:
         _section(
             "Learning curves", figures, "learning_curves", "Grey: trials that were stopped early or stand behind."
         ),
+        _section("Two objectives", figures, "front", "Joined: no trial is better in both."),
         _section("All trials", figures, "parallel_coordinates", "One line per trial; dark is low. Thick: to the end."),
         _section("One key at a time", figures, "slices", "Rings: stopped early, judged at an earlier epoch."),
-        _importance_section(figures),
+        _importance_section(study, figures),
         _interactions(figures),
         _section("Detection error trade-off on the dev pairs", figures, "det", ""),
         f"<h2>Trials</h2>{_table(head, rows)}",
@@ -106,12 +108,11 @@ def _figures(
     keys = list(study.space.ranges)
     names = dict(zip(keys, short_names(keys), strict=True))
     log = {names[key] for key, span in study.space.ranges.items() if span.kind == "loguniform"}
-    best, paper = study.best, _paper_trial(study)
-    labels = (
-        {best.name: f"{best.name}, the best" + (" and the paper's setting" if best == paper else "")} if best else {}
-    )
+    best, paper = _best_trial(study), _paper_trial(study)
+    reference = "the paper's setting" if study.space.reference() == "the paper's setting" else "nearest to the paper's"
+    labels = {best.name: f"{best.name}, the best" + (f" and {reference}" if best == paper else "")} if best else {}
     if paper and paper != best:
-        labels[paper.name] = f"{paper.name}, the paper's setting"
+        labels[paper.name] = f"{paper.name}, {reference}"
     by_name = {trial.name: trial for trial in heard}
     order = [*labels, *(name for name in by_name if name not in labels)]
     points = [
@@ -129,7 +130,15 @@ def _figures(
     }
     if keys:
         figures["parallel_coordinates"] = parallel_coordinates(points, list(names.values()))
-        figures["slices"] = slices(points, [names[key] for key in keys if _is_numeric(study.space.ranges[key])], log)
+    if numeric := [names[key] for key in keys if _is_numeric(study.space.ranges[key])]:
+        figures["slices"] = slices(points, numeric, log)
+    if study.front and study.space.second:
+        second = study.space.second
+        every, joined = (
+            [(trial.eer, float(trial.metrics[second])) for trial in some if second in trial.metrics]
+            for some in (study.trials, study.front)
+        )
+        figures["front"] = pareto_front(every, joined, [trial.name for trial in study.front], second)
     for across, up in PAIRS_OF_INTEREST:
         if across in names and up in names:
             figures[f"{names[across]}_{names[up]}"] = interaction(points, names[across], names[up], log)
@@ -153,7 +162,7 @@ def importance(study: Study, curves: Mapping[str, Mapping[int, float]]) -> tuple
     Returns: None where there are too few trials, fewer than two keys that all of them have, or no differences.
     Source: functional ANOVA, Hutter et al. 2014, ICML; Optuna's.
     """
-    epoch = min(study.space.search.grace_epochs, study.space.epochs)
+    epoch = study.space.grace_epochs
     rated = [(trial, curves[trial.name][epoch]) for trial in study.trials if epoch in curves.get(trial.name, {})]
     shared = [key for key in study.space.ranges if all(key in trial.values for trial, _ in rated)]
     if len(rated) < FEWEST_FOR_IMPORTANCE or len(shared) < 2 or len({eer for _, eer in rated}) < 2:
@@ -172,7 +181,7 @@ class _Cost:
     """What a study cost.
 
     Attributes:
-        epochs: that were trained, and `asked` would have been without early stopping.
+        epochs: of trials that came to their end or were stopped early, and `asked`, how many these would have had.
         worker_seconds: of the trained epochs, evaluations not counted.
     """
 
@@ -186,13 +195,13 @@ class _Cost:
         for trial in heard:
             epochs = metrics_by_epoch(trial.metrics).values()
             seconds += sum(metrics.get("speed/epoch_seconds", 0.0) for metrics in epochs)
-        trained = sum(trial.epoch for trial in heard)
-        return cls(trained, len(heard) * study.space.epochs, seconds * workers)
+        ended = [trial for trial in heard if trial.outcome in ("complete", "pruned")]
+        return cls(sum(trial.epoch for trial in ended), len(ended) * study.space.epochs, seconds * workers)
 
     @property
     def saved(self) -> float:
         """The share of epochs that early stopping saved."""
-        return 1 - self.epochs / self.asked
+        return 1 - self.epochs / self.asked if self.asked else 0.0
 
 
 def _lead(study: Study, cost: _Cost) -> str:
@@ -230,6 +239,7 @@ def _cards(study: Study, cost: _Cost) -> str:
     }
     if study.confirmation:
         shown = {"confirmed mean EER": f"{100 * study.confirmation.winner.estimate.mean:.2f} %"} | shown
+        shown |= {"epochs of confirmation": str(sum(run.epoch for run in study.confirming))}
     cards = (f'<div class="card"><b>{html.escape(value)}</b><span>{key}</span></div>' for key, value in shown.items())
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -239,7 +249,10 @@ def _confirmed(study: Study) -> str:
         return ""
     head, *rows = study.confirmed_rows()
     seeds, speakers = len(study.confirmation.seeds), study.confirmation.speakers
-    note = f"{seeds} seeds that the search has not seen; intervals over seeds and the {speakers} dev speakers."
+    note = (
+        f"{seeds} seeds that the search has not seen; intervals over seeds and the {speakers} dev speakers. "
+        "The first is first for having the lowest mean, which flatters it a little."
+    )
     return f'<h2>Confirmed from new seeds</h2>{_table(head, rows)}<p class="note">{note}</p>'
 
 
@@ -251,12 +264,13 @@ def _section(title: str, figures: Mapping[str, Figure], name: str, note: str) ->
     return f"<h2>{title}</h2><figure{narrow}>{svg(figures[name])}</figure>{told}"
 
 
-def _importance_section(figures: Mapping[str, Figure]) -> str:
+def _importance_section(study: Study, figures: Mapping[str, Figure]) -> str:
     name = next((name for name in figures if name.startswith("importance")), "")
     epoch = name.rpartition("_")[2]
-    return _section(
-        "What mattered", figures, name, f"Functional ANOVA over all trials as they stood after epoch {epoch}."
-    )
+    note = f"Functional ANOVA over all trials as they stood after epoch {epoch}."
+    if conditional := [key for key, span in study.space.ranges.items() if span.when]:
+        note += f" Left out, because not all trials have them: {', '.join(short_names(conditional))}."
+    return _section("What mattered", figures, name, note)
 
 
 def _interactions(figures: Mapping[str, Figure]) -> str:
@@ -283,6 +297,13 @@ def svg(figure: Figure) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _best_trial(study: Study) -> TrialRecord | None:
+    """The trial that was confirmed, or where nothing was the best one of the search."""
+    if study.confirmation is None:
+        return study.best
+    return next((trial for trial in study.trials if trial.name == study.confirmation.winner.name), None)
 
 
 def _paper_trial(study: Study) -> TrialRecord | None:

@@ -43,6 +43,7 @@ class OptunaProposals(OptunaSearch):
         epochs: of a trial that is not stopped early.
         storage: Optuna's URL of a database, such as `sqlite:////folder/optuna.db`.
         study_name: in that database; a study that is there already goes on.
+        second: another metric to be minimised beside the EER; then no trial may be stopped early.
         points: values to try first, complete or in part; a new study takes them, one that goes on had them.
         earlier: trials of other studies that a new one learns from.
         sampler: see `make_sampler`; TPE if not given.
@@ -55,6 +56,7 @@ class OptunaProposals(OptunaSearch):
         epochs: int,
         storage: str,
         study_name: str,
+        second: str | None = None,
         points: list[dict[str, Any]] | None = None,
         earlier: Sequence[FrozenTrial] = (),
         sampler: BaseSampler | None = None,
@@ -62,18 +64,19 @@ class OptunaProposals(OptunaSearch):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._epochs = epochs
         self._ranges = space
+        self._objectives = [METRIC, second] if second else [METRIC]
         self._most_at_once = sys.maxsize
         self._live: set[str] = set()
         super().__init__(
             {key: span.distribution() for key, span in space.items()},
-            metric=METRIC,
-            mode="min",
+            metric=self._objectives if second else METRIC,
+            mode=["min", "min"] if second else "min",
             sampler=sampler or make_sampler("tpe", space),
             study_name=study_name,
             storage=RDBStorage(storage, engine_kwargs={"connect_args": _patience(storage)}),
         )
         if not space:
-            self._setup_study("min")
+            self._setup_study(self._mode)
         if not self._known():
             for point in points or []:
                 self._study.enqueue_trial(point)
@@ -104,13 +107,15 @@ class OptunaProposals(OptunaSearch):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Keep the EER of an epoch, unless Optuna has it or is done with the trial."""
         self._live.add(trial_id)
+        if len(self._objectives) > 1:
+            return  # Optuna keeps no curves of several
         trial = self._find(trial_id)
         if trial is not None and not trial.state.is_finished() and result[TIME] not in trial.intermediate_values:
             self._ot_trials[trial_id].report(float(result[METRIC]), int(result[TIME]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna how a trial ended, once."""
-        if error or not result or METRIC not in result:
+        if error or not result or any(objective not in result for objective in self._objectives):
             result, state, reason = {}, TrialState.FAIL, ""
         else:
             self.on_trial_result(trial_id, result)  # Tune sends the result that a trial was stopped at only here
@@ -121,7 +126,7 @@ class OptunaProposals(OptunaSearch):
         if trial is not None and not trial.state.is_finished():
             if reason:
                 self._ot_trials[trial_id].set_user_attr("failure", reason)
-            self._study.tell(trial.number, float(result[METRIC]) if state == TrialState.COMPLETE else None, state)
+            self._study.tell(trial.number, self._values(result) if state == TrialState.COMPLETE else None, state)
         elif result and (trial is None or trial.state != state):
             self._add(result, state, reason)
 
@@ -150,7 +155,13 @@ class OptunaProposals(OptunaSearch):
 
     def _find(self, trial_id: str) -> FrozenTrial | None:
         """What Optuna holds of a trial; none of one that is newer than the snapshot this search was restored from."""
-        return self._known()[self._ot_trials[trial_id].number] if trial_id in self._ot_trials else None
+        if trial_id not in self._ot_trials:
+            return None
+        # this one alone: the study would look at all of them, and be slow when there are thousands
+        return self._study._storage.get_trial(self._ot_trials[trial_id]._trial_id)
+
+    def _values(self, result: dict[str, Any]) -> list[float]:
+        return [float(result[objective]) for objective in self._objectives]
 
     def _add(self, result: dict[str, Any], state: TrialState, reason: str) -> None:
         """Enter the end of a retry as a trial of its own: Optuna never reopens one that ended."""
@@ -158,11 +169,11 @@ class OptunaProposals(OptunaSearch):
         self._study.add_trial(
             create_trial(
                 state=state,
-                value=float(result[METRIC]),
+                values=self._values(result),
                 params={key: result[f"config/{key}"] for key in tried},
                 distributions={key: self._ranges[key].distribution() for key in tried},
                 user_attrs={"failure": reason} if reason else {},
-                intermediate_values={int(result[TIME]): float(result[METRIC])},
+                intermediate_values={} if len(self._objectives) > 1 else {int(result[TIME]): float(result[METRIC])},
             )
         )
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from mlflow import MlflowClient
+
+from raysv.search.cards import TRIAL_KIND
 from raysv.search.confirmation import CONFIRMATION_FILE
-from raysv.search.mlflow_store import KIND, STUDY, STUDY_ID, connect, experiment_id, search_runs
+from raysv.search.mlflow_store import KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
 from raysv.search.page import REPORT_FILE, Report, make_report
+from raysv.search.runs import BEST, BEST_TRIAL
 from raysv.search.stages import EXPERIMENT
 from raysv.search.study import BEST_FILE, Study, started
 from raysv.search.wording import first_line
@@ -30,16 +34,30 @@ def publish(study: Study, folder: Path, tracking_uri: str) -> Path | None:
         logger.warning("The study's page could not be written: %s.", first_line(error))
         return None
     try:
-        _upload(report, folder, tracking_uri)
+        _upload(study, report, folder, tracking_uri)
     except Exception as error:  # MLflow lets those of SQLAlchemy, requests and the file system through
         logger.warning("The study's page could not be uploaded to MLflow: %s.", first_line(error))
     return page
 
 
-def _upload(report: Report, folder: Path, tracking_uri: str) -> None:
+def _crown(client: MlflowClient, experiment: str, study_tags: dict[str, str], winner: str) -> None:
+    """Tag the trial that was confirmed as the best, and no other."""
+    for run in search_runs(client, experiment, study_tags | {KIND: TRIAL_KIND}):
+        if run.info.run_name.split()[0] == winner:
+            client.set_tag(run.info.run_id, BEST, "true")
+            for parent in search_runs(client, experiment, study_tags):
+                client.set_tag(parent.info.run_id, BEST_TRIAL, run.data.tags[TRIAL])
+        elif BEST in run.data.tags:
+            client.delete_tag(run.info.run_id, BEST)
+
+
+def _upload(study: Study, report: Report, folder: Path, tracking_uri: str) -> None:
     client = connect(tracking_uri)
     tags = {KIND: "study", STUDY: folder.name, STUDY_ID: started(folder).get("id") or folder.name}
-    for run in search_runs(client, experiment_id(tracking_uri, EXPERIMENT), tags):
+    experiment = experiment_id(tracking_uri, EXPERIMENT)
+    if study.confirmation:
+        _crown(client, experiment, tags, study.confirmation.winner.name)
+    for run in search_runs(client, experiment, tags):
         for name in (REPORT_FILE, BEST_FILE, CONFIRMATION_FILE):
             if (folder / name).is_file():
                 client.log_artifact(run.info.run_id, str(folder / name))

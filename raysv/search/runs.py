@@ -22,11 +22,12 @@ from raysv.search.results import METRIC, TIME, metrics_by_epoch
 from raysv.search.study import SPACE_FILE, started
 from raysv.search.wording import markdown, show_value
 
-OUTCOME, ERROR, BEST = "raysv.outcome", "raysv.error", "raysv.best"  # tags
+OUTCOME, ERROR, BEST, BEST_TRIAL = "raysv.outcome", "raysv.error", "raysv.best", "raysv.best_trial"  # tags
 CHECKPOINT, COMPUTED = "raysv.checkpoint", "raysv.computed"  # the best one's folder; device and format
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "error": "FAILED"}  # KILLED would show the same cross as FAILED
 NOT_UPLOADED = (TRAINING_STATE, SCORES)  # large, and only needed to go on training where the checkpoint lies
 MOST_PARAMS = 100  # that one call may log
+SEED = "training.seed"  # a confirming run has another than its study
 PARAM_DIGITS = 6  # the artifact `config.yaml` has every digit
 RANKED = 5  # trials in the study's description
 
@@ -87,7 +88,8 @@ class StudyRuns:
             self._client.log_batch(known.run_id, params=params[first : first + MOST_PARAMS])
         header = f"{card.name} ({card.trial_id}) of {self._card.name}"
         self._client.log_text(known.run_id, dump_yaml(tree | {"resources": self._card.resources}, header), CONFIG_FILE)
-        self._client.log_batch(known.run_id, tags=_run_tags(self._tags | {OUTCOME: "running", ERROR: ""}))
+        own = {OUTCOME: "running", ERROR: ""} | ({"raysv.seed": str(values[SEED])} if SEED in values else {})
+        self._client.log_batch(known.run_id, tags=_run_tags(self._tags | own))
         self._client.update_run(known.run_id, status="RUNNING")
 
     def add_result(self, card: TrialCard, result: Mapping[str, Any]) -> None:
@@ -142,7 +144,7 @@ class StudyRuns:
         tags = {"mlflow.note.content": self._note(ranked[:RANKED])}
         if ranked:
             values["best_eer"] = ranked[0].data.metrics[METRIC]
-            tags["raysv.best_trial"] = ranked[0].data.tags[TRIAL]
+            tags[BEST_TRIAL] = ranked[0].data.tags[TRIAL]
         if values == self._summary:
             return
         now, step = int(1000 * time.time()), sum(ends[end] for end in STATUS)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from raysv.config import (
     unknown_key,
     with_values,
 )
+from raysv.search.results import SECOND
 
 RANGES = ("uniform", "loguniform", "int", "choice")
 WHEN = "when"
@@ -71,8 +73,9 @@ class SearchConfig(Section):
     seed: int = knob(0, "seed of the sampler", 0, 2**31 - 1)
     sampler: str = knob(
         "tpe",
-        "tpe: a model of good and bad values, all keys at once; gp: a Gaussian process; quasirandom: Sobol's sequence; "
-        "random; grid: every combination, where only choices and whole numbers are open",
+        "tpe: a model of good and bad values, all keys at once; gp: a Gaussian process, which learns only from trials "
+        "that ended; quasirandom: Sobol's sequence; random; grid: every combination, where only choices and whole "
+        "numbers are open",
         choices=("tpe", "gp", "random", "quasirandom", "grid"),
     )
     published: int = knob(
@@ -84,9 +87,19 @@ class SearchConfig(Section):
         "later; median: what is worse than the median of the others stops; none: all are trained to the end",
         choices=("asha", "hyperband", "median", "none"),
     )
-    grace_epochs: int = knob(1, "epochs that every trial gets", 1)
+    grace_epochs: int | None = knob(
+        None,
+        "epochs that every trial gets; none given: a ninth of all, and one more than the learning rate's warm-up takes",
+        1,
+    )
     reduction_factor: int = knob(
         3, "of the trials that reach a rung, one in so many goes on; rungs are so many times apart", 2
+    )
+    second_objective: str = knob(
+        "none",
+        "what is minimised beside the EER: min_dcf, minDCF at 0.01; cost, the seconds of an epoch. Then nothing may be "
+        "stopped early, and the study tells the Pareto front",
+        choices=("none", *SECOND),
     )
     confirm: int = knob(
         3, "so many of the best configurations are trained again, to the end, from new seeds; 0: the best trial wins", 0
@@ -204,11 +217,23 @@ class Space:
         """Epochs of a trial that is not stopped early."""
         return int(self.tree["training"]["epochs"])
 
+    @property
+    def grace_epochs(self) -> int:
+        """Epochs that every trial gets before it may be stopped early."""
+        given, training = self.search.grace_epochs, self.epochs
+        usual = max(math.ceil(training / 9), math.floor(self.tree["optimizer"]["warmup_epochs"]) + 1)
+        return min(usual if given is None else given, training)
+
     def corners(self) -> list[Config]:
         """The configuration at the lower ends of all ranges, at the upper ones, and at every choice."""
         points = [{key: span.values[end] for key, span in self.ranges.items()} for end in (0, -1)]
         points += [{key: value} for key, span in self.ranges.items() if span.kind == "choice" for value in span.values]
         return [self.config(point) for point in points]
+
+    @property
+    def second(self) -> str | None:
+        """The metric that is minimised beside the EER, if any."""
+        return SECOND.get(self.search.second_objective)
 
     def first_points(self) -> list[dict[str, Any]]:
         """The published settings, complete and inside the ranges, each once; the paper's is the first."""
@@ -221,6 +246,15 @@ class Space:
     def paper_point(self) -> dict[str, Any]:
         """The paper's setting, or what of the space is nearest to it."""
         return self._nearest(PAPER)
+
+    def reference(self) -> str:
+        """What `paper_point` is to be called: the paper's setting, unless this space leaves no room for it."""
+        point = flatten(config_to_dict(self.config(self.paper_point())))
+        differing = [f"{key} {point[key]:g}" if isinstance(point[key], float) else f"{key} {point[key]}"
+                     for key, value in PAPER.items() if point[key] != value]  # fmt: skip
+        if not differing:
+            return "the paper's setting"
+        return f"what this space has nearest to the paper's setting ({', '.join(differing)})"
 
     def _nearest(self, published: Mapping[str, Any]) -> dict[str, Any]:
         defaults = flatten(self.tree)
@@ -291,6 +325,11 @@ def space_from_dict(tree: dict[str, Any], name: str) -> Space:
         raise ValueError(
             "training.epochs cannot be searched: trials of different lengths cannot be compared at the same epoch."
         )
+    if "training.seed" in ranges:
+        raise ValueError(
+            "training.seed cannot be searched: the luckiest seed is no setting. How much seeds vary, a study's "
+            "confirmation tells (search.confirm_seeds)."
+        )
     for config in space.corners():
         check_shares(config.batch, resources.workers)
     for key, span in ranges.items():
@@ -315,7 +354,8 @@ def _check_conditions(ranges: dict[str, Range], default_kind: str) -> None:
     kinds = ranges["loss.kind"].values if "loss.kind" in ranges else (default_kind,)
     for belonging, keys in LOSS_KEYS.items():
         for key in ranges.keys() & {f"loss.{name}" for name in keys}:
-            if lost := [kind for kind in kinds if kind not in belonging and ranges[key].is_open({"loss.kind": kind})]:
+            open_for = ranges[key].when.get("loss.kind", kinds)
+            if lost := [kind for kind in kinds if kind not in belonging and kind in open_for]:
                 meant = ", ".join(kind for kind in kinds if kind in belonging)
                 mend = f"Add {WHEN}: {{loss.kind: [{meant}]}} to its range." if meant else "Do not open it."
                 what = f"{key} means nothing where loss.kind is {lost[0]}"
@@ -323,6 +363,15 @@ def _check_conditions(ranges: dict[str, Range], default_kind: str) -> None:
 
 
 def _check_search(space: Space) -> None:
+    if space.search.sampler == "gp" and any(span.when for span in space.ranges.values()):
+        raise ValueError(
+            f"search.sampler is gp, which would draw keys with {WHEN} by chance. Take tpe for such a space."
+        )
+    if space.search.second_objective != "none" and space.search.early_stopping != "none":
+        raise ValueError(
+            f"search.second_objective is {space.search.second_objective}, but {space.search.early_stopping} stops what "
+            "lags behind in EER, however good it is otherwise. Set search.early_stopping to none."
+        )
     if space.search.sampler != "grid":
         return
     grid = space.grid()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray.tune
 from optuna.trial import FrozenTrial
 from ray.tune.schedulers import TrialScheduler
@@ -37,6 +39,7 @@ class Stage:
     Attributes:
         tune_folder: where Tune keeps its record, below the study's folder.
         kind: of its runs in MLflow.
+        study_name: in Optuna's storage.
         proposals: makes what proposes; it opens Optuna's storage, so not before the stage starts anew.
         fresh: files that a driver may have left which was killed before its first trial.
     """
@@ -44,8 +47,10 @@ class Stage:
     tune_folder: str
     kind: str
     trials: int
+    study_name: str
     proposals: Callable[[], OptunaProposals]
     stopping: TrialScheduler | None = None
+    objectives: int = 1
     fresh: tuple[str, ...] = ()
 
 
@@ -60,12 +65,14 @@ def search_stage(space: Space, folder: Path, earlier: Sequence[FrozenTrial] = ()
         TUNE_FOLDER,
         TRIAL_KIND,
         search.trials,
+        folder.name,
         functools.partial(
             OptunaProposals,
             space.ranges,
             epochs=space.epochs,
             storage=_storage(folder),
             study_name=folder.name,
+            second=space.second,
             points=space.first_points(),
             earlier=earlier,
             sampler=make_sampler(search.sampler, space.ranges, search.seed),
@@ -74,9 +81,10 @@ def search_stage(space: Space, folder: Path, earlier: Sequence[FrozenTrial] = ()
             search.early_stopping,
             folder / JOURNAL_FILE,
             epochs=space.epochs,
-            grace_epochs=search.grace_epochs,
+            grace_epochs=space.grace_epochs,
             reduction_factor=search.reduction_factor,
         ),
+        objectives=2 if space.second else 1,
         fresh=(OPTUNA_FILE, JOURNAL_FILE),
     )
 
@@ -89,6 +97,7 @@ def confirmation_stage(space: Space, folder: Path, chosen: Sequence[Candidate]) 
         CONFIRM_FOLDER,
         CONFIRMING,
         len(again),
+        f"{folder.name}, confirmation",
         functools.partial(
             OptunaProposals,
             ranges,
@@ -109,6 +118,7 @@ def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_ur
         return
     for remains in stage.fresh:
         (folder / remains).unlink(missing_ok=True)
+    _forget(folder, stage.study_name)
     make_tuner(stage, trainable, job.space, folder, concurrent, tracking_uri).fit()
 
 
@@ -116,12 +126,13 @@ def make_tuner(
     stage: Stage, trainable: Any, space: Space, folder: Path, concurrent: int, tracking_uri: str
 ) -> ray.tune.Tuner:
     """Tune for a stage that starts."""
-    single = space.search.trials == 1
+    single = stage.trials == 1
     return ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
-            metric=METRIC,
-            mode="min",
+            # with two objectives only the search knows of them; early stopping looks at the EER, and is off then
+            metric=None if stage.objectives > 1 else METRIC,
+            mode=None if stage.objectives > 1 else "min",
             num_samples=stage.trials,
             max_concurrent_trials=concurrent,
             search_alg=stage.proposals(),
@@ -141,6 +152,13 @@ def make_tuner(
             verbose=0,
         ),
     )
+
+
+def _forget(folder: Path, study_name: str) -> None:
+    """Remove what a driver proposed that was killed before Tune had noted a trial: it would stand before our points."""
+    if (folder / OPTUNA_FILE).is_file():
+        with contextlib.suppress(KeyError):
+            optuna.delete_study(study_name=study_name, storage=_storage(folder))
 
 
 def _storage(folder: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from raysv.config import config_to_dict, read_yaml, write_yaml
 from raysv.search.confirmation import Candidate, Confirmation, candidates, points, read_confirmation
 from raysv.search.records import TrialRecord, read_records
+from raysv.search.results import SECOND
 from raysv.search.space import Space, space_from_dict
 from raysv.search.wording import columns, short_names, show_value, shown
 from raysv.verification.metrics import INTERVAL_LEVEL
@@ -37,12 +38,14 @@ class Study:
     """A search space, the trials made in it, and which configuration was best.
 
     Attributes:
+        chosen: what was noted to be confirmed when that began: trials that are repeated later do not change it.
         confirming: runs of the best configurations from new seeds, as far as there are any.
         confirmation: what these came to.
     """
 
     space: Space
     trials: list[TrialRecord]
+    chosen: list[Candidate] = field(default_factory=list)
     confirming: list[TrialRecord] = field(default_factory=list)
     confirmation: Confirmation | None = None
 
@@ -51,6 +54,18 @@ class Study:
         """The trial with the lowest EER at the end of all epochs; what was stopped early was not seen to the end."""
         complete = [trial for trial in self.trials if trial.outcome == "complete"]
         return min(complete, key=lambda trial: trial.eer, default=None)
+
+    @property
+    def front(self) -> list[TrialRecord]:
+        """With two objectives, the trials that none other is better than in both; the lowest EER first."""
+        if not (second := self.space.second):
+            return []
+        complete = [trial for trial in self.trials if trial.outcome == "complete" and second in trial.metrics]
+        front: list[TrialRecord] = []
+        for trial in sorted(complete, key=lambda trial: (trial.eer, trial.metrics[second])):
+            if not front or trial.metrics[second] < front[-1].metrics[second]:
+                front.append(trial)
+        return front
 
     @property
     def best_values(self) -> dict[str, Any] | None:
@@ -68,7 +83,7 @@ class Study:
     @property
     def candidates(self) -> list[Candidate]:
         """What is to be confirmed, once the search has come to its end."""
-        return [] if self.unsearched else candidates(self.space, self.trials)
+        return self.chosen or ([] if self.unsearched else candidates(self.space, self.trials))
 
     @property
     def unfinished(self) -> int:
@@ -79,8 +94,12 @@ class Study:
     @property
     def broken(self) -> int:
         """Trials that died of an accident: going on repeats them. One that diverged would do so again."""
-        runs = [*self.trials, *self.confirming]
-        return sum(run.outcome == "error" and not run.metrics.get("failure") for run in runs)
+        return _broken(self.trials)
+
+    @property
+    def unconfirmed(self) -> bool:
+        """Whether there is something to confirm: runs to be made or to be repeated, or to draw the conclusion from."""
+        return bool(self.candidates) and (self.confirmation is None or _broken(self.confirming) > 0)
 
     def table(self) -> str:
         """All trials, best first, as text in columns."""
@@ -91,7 +110,9 @@ class Study:
         keys = list(self.space.ranges)
         order = {"complete": 0, "pruned": 1, "error": 2, "unfinished": 3}
         ranked = sorted(self.trials, key=lambda trial: (order[trial.outcome], -trial.epoch, trial.eer))
-        head = ["trial", *short_names(keys), "epochs", "EER %", "minDCF .01", "outcome"]
+        cost, front = SECOND["cost"], self.front
+        costs = self.space.second == cost
+        head = ["trial", *short_names(keys), "epochs", "EER %", "minDCF .01", *["s/epoch"] * costs, "outcome"]
         rows = [
             [
                 trial.name,
@@ -99,7 +120,8 @@ class Study:
                 str(trial.epoch),
                 f"{100 * trial.eer:.2f}" if trial.epoch else "",
                 f"{trial.metrics['dev/min_dcf_0.01']:.3f}" if "dev/min_dcf_0.01" in trial.metrics else "",
-                f"{trial.outcome}: {trial.reason.splitlines()[0][:60]}" if trial.reason else trial.outcome,
+                *[f"{trial.metrics[cost]:.1f}" if cost in trial.metrics else ""] * costs,
+                _ending(trial) + (", on the front" if trial in front else ""),
             ]
             for trial in ranked
         ]
@@ -114,9 +136,10 @@ class Study:
         if self.confirmation is None:
             return []
         keys = list(self.space.ranges)
+        reference = " (paper)" if self.confirmation.reference == "the paper's setting" else " (nearest to the paper)"
         rows = [
             [
-                standing.name + (" (paper)" if standing.name == self.confirmation.paper else ""),
+                standing.name + (reference if standing.name == self.confirmation.paper else ""),
                 *(show_value(standing.values.get(key, "–")) for key in keys),
                 f"{100 * standing.estimate.mean:.2f}",
                 f"{100 * standing.estimate.low:.2f} to {100 * standing.estimate.high:.2f}",
@@ -163,6 +186,14 @@ class Study:
             write_yaml(self.best_config(), folder / BEST_FILE, header)
 
 
+def _ending(trial: TrialRecord) -> str:
+    return f"{trial.outcome}: {trial.reason.splitlines()[0][:60]}" if trial.reason else trial.outcome
+
+
+def _broken(runs: Sequence[TrialRecord]) -> int:
+    return sum(run.outcome == "error" and not run.metrics.get("failure") for run in runs)
+
+
 def _ended(runs: Sequence[TrialRecord]) -> int:
     return sum(run.outcome != "unfinished" for run in runs)
 
@@ -174,7 +205,8 @@ def read_study(folder: Path) -> Study:
     """
     space = load_space(folder)
     trials, confirming = (read_records(folder / stage, space.epochs) for stage in (TUNE_FOLDER, CONFIRM_FOLDER))
-    return Study(space, trials, confirming, read_confirmation(folder))
+    chosen = [Candidate(**one) for one in started(folder).get("candidates", [])]
+    return Study(space, trials, chosen, confirming, read_confirmation(folder))
 
 
 def open_study(space: Space, results: Path, tracking_uri: str, name: str | None = None) -> Path:

@@ -111,14 +111,16 @@ def _drive(
             stage = search_stage(space, folder, earlier)
             run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=resume)
             study = read_study(folder)
-        if study.candidates and not study.confirmation:
+        if confirms := study.unconfirmed:
             print(f"\n{study.table()}\n\n{_announce(study)}", flush=True)
+            note_start(folder, candidates=[vars(candidate) for candidate in study.candidates])
             stage = confirmation_stage(space, folder, study.candidates)
             again = resume and bool(study.confirming)
             run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=again)
     finally:
         ray.shutdown()
-    _conclude(folder, corpus)
+    if confirms:
+        _conclude(folder, corpus)
     study = read_study(folder)
     study.write(folder)
     if space.ranges:
@@ -135,11 +137,11 @@ def _announce(study: Study) -> str:
 def _conclude(folder: Path, corpus: Corpus) -> None:
     """What the confirming runs came to, once all have ended."""
     study = read_study(folder)
-    if study.confirmation or not study.confirming or study.unfinished:
+    if study.unfinished:
         return
     try:
         write_confirmation(conclude(study.space, study.candidates, study.confirming, corpus.dev), folder)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"{error} The best trial of the search counts.", flush=True)
 
 
@@ -180,7 +182,8 @@ def _checked(space: Space, corpus: Corpus) -> dict[str, str]:
 
 def _allot(space: Space, folder: Path, resume: bool) -> cluster.Allotment:
     """What trials get; a study keeps the number of trials at a time that it was started with."""
-    most = min(space.search.trials, space.search.concurrent_trials or sys.maxsize)
+    confirming = (space.search.confirm + 1) * space.search.confirm_seeds if space.search.confirm and space.ranges else 0
+    most = min(max(space.search.trials, confirming), space.search.concurrent_trials or sys.maxsize)
     before = started(folder).get("concurrent_trials") if resume else None
     allotment = cluster.allot(space.resources, before or most)
     if before and allotment.concurrent_trials < before:

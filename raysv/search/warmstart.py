@@ -87,12 +87,14 @@ def _fitted(space: Space, study: Study, trial: TrialRecord, name: str) -> Frozen
             if span.nearest(theirs[key]) != theirs[key]:
                 return None
             params[key] = theirs[key]
+    if space.second and space.second not in trial.metrics:
+        return None
     curve = {epoch: metrics[METRIC] for epoch, metrics in metrics_by_epoch(trial.metrics).items() if METRIC in metrics}
     return create_trial(
         state=STATES[trial.outcome],
-        value=trial.eer,
+        values=[trial.eer, trial.metrics[space.second]] if space.second else [trial.eer],
         params=params,
         distributions={key: space.ranges[key].distribution() for key in params},
-        intermediate_values=curve,
+        intermediate_values={} if space.second else curve,  # Optuna keeps no curves of two objectives
         user_attrs={"study": name, "trial": trial.name},
     )
