@@ -2,15 +2,15 @@
 
     python benchmarks/search_efficiency.py [--studies 200] [--parallel 1 8 64]
 
-Over the learning curves of `loss_table.csv` (see `loss_table.py`), with Optuna's real samplers and Ray's real rules of
-early stopping, set up as in raysv, with raysv's defaults where a row says nothing else. A study runs so many trials at
-a time, an epoch of each takes as long as an epoch of any other, and a trial's EERs are those of one of the table's
-seeds, drawn for it. What a study would hand over at a moment is the trial with the lowest last EER of those that came to
-their end; what that setting is worth is its mean over the seeds (of two, one of which the trial was: that flatters every
-way alike). Shown is the training, in runs of all epochs, until what would be handed over is within 2 % of the table's
-best, as quartiles and the 90th percentile over studies. A study is given up, and counted as endless, when it has trained
-as many epochs as all settings have from one seed. What confirming the winner costs is not in it: it is the same for
-every way.
+Over the learning curves of `loss_table.csv` (see `loss_table.py`), with Optuna's real samplers and Ray's real rules
+of early stopping, set up as in raysv, with raysv's defaults where a row says nothing else. A study runs so many
+trials at a time, an epoch of each takes as long as an epoch of any other, and a trial's EERs are those of one of the
+table's seeds, drawn for it. What a study would hand over at a moment is the trial with the lowest last EER of those
+that came to their end; what that setting is worth is its mean over the seeds (of two, one of which the trial was:
+that flatters every way alike). Shown is the training, in runs of all epochs, until what would be handed over is
+within 2 % of the table's best, as quartiles and the 90th percentile over studies. A study is given up, and counted as
+endless, when it has trained as many epochs as all settings have from one seed. What confirming the winner costs is
+not in it: it is the same for every way.
 """
 
 from __future__ import annotations
