@@ -21,6 +21,7 @@ from raysv.config import parse_settings
 from raysv.corpus.sets import Corpus
 from raysv.search.mlflow_store import check, default_tracking_uri, runs_link
 from raysv.search.page import REPORT_FILE
+from raysv.search.publishing import publish
 from raysv.search.space import Space, read_space
 from raysv.search.stages import EXPERIMENT
 from raysv.search.study import (
@@ -94,6 +95,8 @@ def _tune(chosen: argparse.Namespace) -> int:
         if not study.unfinished and not study.broken and not study.unconfirmed:
             print(f"Study {folder.name} is complete.")
             study.write(folder)
+            if space.ranges:
+                publish(study, folder, uri)  # a driver may have been killed just before it
             return _conclude(study, folder, uri)
     else:
         settings = parse_settings(chosen.set)

@@ -3,6 +3,7 @@ import json
 import shutil
 import textwrap
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +224,19 @@ def test_a_checkpoint_that_another_process_kept_meanwhile_stays(tmp_path):
     place = keep_checkpoint(written(tmp_path / "again", [0.4, 0.3]), tmp_path / "kept")
     assert place == marked.parent and marked.exists()
     assert [folder.name for folder in (tmp_path / "kept").iterdir()] == ["epoch-0002"]
+
+
+def test_a_checkpoint_that_cannot_be_moved_into_place_costs_no_other(tmp_path, monkeypatch):
+    kept_after(tmp_path, [0.4])
+    new = written(tmp_path / "new-2", [0.4, 0.3])
+
+    def refuse(self, target):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        keep_checkpoint(new, tmp_path / "kept")
+    assert latest_checkpoint(tmp_path / "kept").name == "epoch-0001"
 
 
 def test_before_the_first_epoch_there_is_no_checkpoint(tmp_path):

@@ -71,7 +71,7 @@ def test_the_best_that_came_to_their_end_are_candidates_each_once_and_the_paper_
     ]
     assert candidates(space, SEARCHED[1:])[-1] == Candidate("paper", PAPER)  # although no trial had it
     best_is_paper = [record("t000", 0.01, PAPER), *SEARCHED[1:]]
-    assert [candidate.name for candidate in candidates(space, best_is_paper)] == ["t000", "t001"]
+    assert [candidate.name for candidate in candidates(space, best_is_paper)] == ["t001", "t003", "t000"]
 
 
 def test_nothing_is_confirmed_where_nothing_is_to_be_or_nothing_ended(space: Space) -> None:

@@ -277,7 +277,10 @@ def test_a_trial_without_the_second_objective_failed(storage: str) -> None:
     search = proposals(storage, second=SECOND)
     search.suggest("a")
     search.on_trial_complete("a", result(1, 0.5, failure="the loss is NaN"))
-    assert [trial.state for trial in stored(storage)] == [TrialState.FAIL]
+    search.suggest("b")
+    search.on_trial_complete("b", result(1, 0.5, failure="the loss is NaN", **{SECOND: 1.0}))  # as a worker reports it
+    lost, diverged = stored(storage)
+    assert (lost.state, diverged.state, diverged.values) == (TrialState.FAIL, TrialState.COMPLETE, [0.5, 1.0])
 
 
 @pytest.mark.parametrize("kind", ["tpe", "gp"])

@@ -420,3 +420,8 @@ def test_trials_get_a_ninth_of_the_epochs_and_more_than_the_warm_up(epochs, warm
         "search": {} if given is None else {"grace_epochs": given},
     }
     assert space_from_dict(tree, "").grace_epochs == expected
+
+
+def test_grace_is_longer_than_the_longest_warm_up_that_is_searched():
+    tree = {"training": {"epochs": 18}, "optimizer": {"warmup_epochs": {"choice": [1.0, 5.0]}}}
+    assert space_from_dict(tree, "").grace_epochs == 6

@@ -247,6 +247,12 @@ def test_a_study_is_not_over_before_its_conclusion_is_drawn() -> None:
     assert (over.unfinished, over.unconfirmed) == (0, False)
     died = dataclasses.replace(over, confirming=[*runs[:3], record("c3", "error", reason="killed")])
     assert died.unconfirmed  # it is repeated, and the conclusion drawn anew
+    interrupted = dataclasses.replace(over, confirming=[*runs[:3], record("c3", "unfinished")])
+    assert (interrupted.unfinished, interrupted.unconfirmed) == (1, True)  # in the middle of such a repeat
+    inconclusive = dataclasses.replace(concluding, inconclusive="of each a run failed")
+    assert not inconclusive.unconfirmed  # asking again gives no other answer
+    searching = dataclasses.replace(concluding, trials=[*trials[:1], record("t1", "unfinished")])
+    assert not searching.unconfirmed  # a repeated trial of the search comes first
 
 
 def test_what_is_to_be_confirmed_does_not_change_when_a_trial_is_repeated_later() -> None:

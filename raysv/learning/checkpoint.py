@@ -156,8 +156,10 @@ def keep_checkpoint(folder: Path, kept: Path) -> Path:
             os.fsync(written.fileno())
     try:
         aside.rename(target)
-    except OSError:  # it is there: another process, orphaned by a kill, trained the same epoch of the same run
+    except OSError:
         shutil.rmtree(aside)
+        if not target.is_dir():  # if it is: another process, orphaned by a kill, trained the same epoch of the same run
+            raise
     best = min(history, key=lambda metrics: metrics["dev/eer"])
     for other in kept.iterdir():
         if other.name not in (target.name, _kept_name(best["epoch"])):

@@ -103,19 +103,20 @@ class Confirmation:
 
 
 def candidates(space: Space, trials: Sequence[TrialRecord]) -> list[Candidate]:
-    """The `search.confirm` best trials that came to their end, and the paper's setting if it is none of these."""
-    complete = sorted((trial for trial in trials if trial.outcome == "complete"), key=lambda trial: trial.eer)
-    if not complete or not space.search.confirm or not space.ranges:
+    """The `search.confirm` best trials that came to their end, and beside them the paper's setting.
+
+    Returns: nothing where there is nothing to be compared with the paper's setting, or nothing is to be confirmed.
+    """
+    if not space.search.confirm or not space.ranges:
         return []
+    paper = space.paper_point()
     chosen: list[Candidate] = []
-    for trial in complete:
+    complete = (trial for trial in trials if trial.outcome == "complete" and trial.values != paper)
+    for trial in sorted(complete, key=lambda trial: trial.eer):
         if len(chosen) < space.search.confirm and all(trial.values != other.values for other in chosen):
             chosen.append(Candidate(trial.name, trial.values))
-    paper = space.paper_point()
-    if all(other.values != paper for other in chosen):
-        tried = next((trial.name for trial in trials if trial.values == paper), PAPER)
-        chosen.append(Candidate(tried, paper))
-    return chosen if len(chosen) > 1 else []  # one alone cannot be compared
+    tried = next((trial.name for trial in trials if trial.values == paper), PAPER)
+    return [*chosen, Candidate(tried, paper)] if chosen else []
 
 
 def seeds(space: Space) -> list[int]:

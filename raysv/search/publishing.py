@@ -41,11 +41,15 @@ def publish(study: Study, folder: Path, tracking_uri: str) -> Path | None:
 
 
 def _crown(client: MlflowClient, experiment: str, study_tags: dict[str, str], winner: str) -> None:
-    """Tag the trial that was confirmed as the best, and no other."""
+    """Tag the trial that was confirmed as the best, and no other; no trial of the search need have been it."""
+    parents = search_runs(client, experiment, study_tags)
+    for parent in parents:
+        if BEST_TRIAL in parent.data.tags:
+            client.delete_tag(parent.info.run_id, BEST_TRIAL)
     for run in search_runs(client, experiment, study_tags | {KIND: TRIAL_KIND}):
         if run.info.run_name.split()[0] == winner:
             client.set_tag(run.info.run_id, BEST, "true")
-            for parent in search_runs(client, experiment, study_tags):
+            for parent in parents:
                 client.set_tag(parent.info.run_id, BEST_TRIAL, run.data.tags[TRIAL])
         elif BEST in run.data.tags:
             client.delete_tag(run.info.run_id, BEST)

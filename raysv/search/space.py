@@ -221,7 +221,9 @@ class Space:
     def grace_epochs(self) -> int:
         """Epochs that every trial gets before it may be stopped early."""
         given, training = self.search.grace_epochs, self.epochs
-        usual = max(math.ceil(training / 9), math.floor(self.tree["optimizer"]["warmup_epochs"]) + 1)
+        warmup = self.ranges.get("optimizer.warmup_epochs")
+        longest = max(warmup.values) if warmup else self.tree["optimizer"]["warmup_epochs"]
+        usual = max(math.ceil(training / 9), math.floor(longest) + 1)
         return min(usual if given is None else given, training)
 
     def corners(self) -> list[Config]:

@@ -41,6 +41,7 @@ class Study:
         chosen: what was noted to be confirmed when that began: trials that are repeated later do not change it.
         confirming: runs of the best configurations from new seeds, as far as there are any.
         confirmation: what these came to.
+        inconclusive: why that cannot be said, although all runs have ended.
     """
 
     space: Space
@@ -48,6 +49,7 @@ class Study:
     chosen: list[Candidate] = field(default_factory=list)
     confirming: list[TrialRecord] = field(default_factory=list)
     confirmation: Confirmation | None = None
+    inconclusive: str = ""
 
     @property
     def best(self) -> TrialRecord | None:
@@ -88,7 +90,7 @@ class Study:
     @property
     def unfinished(self) -> int:
         """Trials and confirming runs that the study has not seen the end of."""
-        to_confirm = 0 if self.confirmation else len(points(self.space, self.candidates))
+        to_confirm = len(self.confirming) if self.confirmation else len(points(self.space, self.candidates))
         return self.unsearched + max(0, to_confirm - _ended(self.confirming))
 
     @property
@@ -99,7 +101,10 @@ class Study:
     @property
     def unconfirmed(self) -> bool:
         """Whether there is something to confirm: runs to be made or to be repeated, or to draw the conclusion from."""
-        return bool(self.candidates) and (self.confirmation is None or _broken(self.confirming) > 0)
+        if self.unsearched or not self.candidates:
+            return False
+        open_runs = _broken(self.confirming) or _ended(self.confirming) < len(self.confirming)
+        return bool(open_runs) or (self.confirmation is None and not self.inconclusive)
 
     def table(self) -> str:
         """All trials, best first, as text in columns."""
@@ -205,8 +210,10 @@ def read_study(folder: Path) -> Study:
     """
     space = load_space(folder)
     trials, confirming = (read_records(folder / stage, space.epochs) for stage in (TUNE_FOLDER, CONFIRM_FOLDER))
-    chosen = [Candidate(**one) for one in started(folder).get("candidates", [])]
-    return Study(space, trials, chosen, confirming, read_confirmation(folder))
+    start = started(folder)
+    chosen = [Candidate(**one) for one in start.get("candidates", [])]
+    confirmation = read_confirmation(folder)
+    return Study(space, trials, chosen, confirming, confirmation, start.get("inconclusive", ""))
 
 
 def open_study(space: Space, results: Path, tracking_uri: str, name: str | None = None) -> Path:

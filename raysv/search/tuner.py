@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from raysv.corpus.sets import Corpus
 from raysv.learning.checkpoint import versions
 from raysv.learning.views import ViewBatches
 from raysv.search import cluster
-from raysv.search.confirmation import conclude, write_confirmation
+from raysv.search.confirmation import CONFIRMATION_FILE, conclude, write_confirmation
 from raysv.search.progress import Decoding
 from raysv.search.publishing import publish
 from raysv.search.space import Space
@@ -29,12 +30,13 @@ from raysv.search.stages import (
     search_stage,
 )
 from raysv.search.stopping import read_journal
-from raysv.search.study import Study, driving, note_start, read_study, started
+from raysv.search.study import CONFIRM_FOLDER, Study, driving, note_start, read_study, started
 from raysv.search.trial import Job
 
 TUNE_SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver has lost a second of bookkeeping, not ten
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow keeps the results; no TensorBoard files beside it
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that diverged reports no second objective
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -106,6 +108,8 @@ def _drive(
         _note_tags(folder, _provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)})
         kept, checked = str(folder / TRIALS_FOLDER), _checked(space, corpus)
         job = Job(space, allotment.gpus_per_worker, kept, checked, allotment.room, allotment.head, tests)
+        if not resume:
+            _forget_confirmation(folder)
         study = read_study(folder)
         if not resume or study.unsearched or study.broken:
             stage = search_stage(space, folder, earlier)
@@ -128,6 +132,13 @@ def _drive(
     return study
 
 
+def _forget_confirmation(folder: Path) -> None:
+    """A search that starts anew, in the folder of one whose record was lost, has other winners."""
+    note_start(folder, candidates=[], inconclusive="")
+    (folder / CONFIRMATION_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / CONFIRM_FOLDER, ignore_errors=True)
+
+
 def _announce(study: Study) -> str:
     names = ", ".join(candidate.name for candidate in study.candidates)
     count = study.space.search.confirm_seeds
@@ -142,6 +153,7 @@ def _conclude(folder: Path, corpus: Corpus) -> None:
     try:
         write_confirmation(conclude(study.space, study.candidates, study.confirming, corpus.dev), folder)
     except (OSError, ValueError) as error:
+        note_start(folder, inconclusive=str(error))
         print(f"{error} The best trial of the search counts.", flush=True)
 
 

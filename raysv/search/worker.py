@@ -19,7 +19,7 @@ from raysv.distributed import agree, rank
 from raysv.learning.checkpoint import keep_checkpoint, latest_checkpoint
 from raysv.learning.training import DivergedError, Metrics, fit
 from raysv.search.desk import Result, StoppedError, Task
-from raysv.search.results import METRIC, TIME
+from raysv.search.results import METRIC, SECOND, TIME
 
 CHANCE = 0.5  # the EER of an encoder that has diverged: it tells speakers apart by guessing
 
@@ -47,7 +47,7 @@ def train(task: Task, report: Callable[[Result], None], device: torch.device) ->
         fit(config, keep_and_report, device=device, resume=latest, tests=tests, checked=checked)
     except DivergedError as error:
         # an answer, not an accident: trying again would diverge again, and the search is to learn from it
-        report({TIME: error.epoch, METRIC: CHANCE, "failure": str(error)})
+        report({TIME: error.epoch, METRIC: CHANCE, SECOND["min_dcf"]: 1.0, "failure": str(error)})
 
 
 def train_alone(task: Task, report: Callable[[Result], None], *, gpu: bool) -> None:
