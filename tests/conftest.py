@@ -1,4 +1,6 @@
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,27 @@ from learning_fixtures import write_corpus
 # a busy machine is slow without anything being wrong
 settings.register_profile("raysv", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("raysv")
+
+EXIT_STATUS = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Remember how it went for `pytest_unconfigure`."""
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave without ending Python once everything is reported.
+
+    Ray was started and shut down in this process. A native thread of it may outlive that, and now and then crashes
+    while Python ends, after the last test has passed: the exit status would then be that of the crash.
+    """
+    if EXIT_STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,8 @@ def printed_until(process: subprocess.Popen[str], words: str) -> str:
         printed += line
         if words in line:
             return printed
+    process.stdout.close()
+    process.wait()
     raise AssertionError(f"It ended without saying {words!r}:\n{printed}")
 
 

@@ -1,5 +1,6 @@
 """A team of real Ray Train workers that trains task after task, and is killed meanwhile."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -70,8 +71,12 @@ def results_of(team: Any, chosen: Task, leave_after: int = 99, at_first: Any = N
 
 
 def worker_pids() -> set[int]:
-    names = {process.pid: " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)}
-    return {pid for pid, name in names.items() if "RayTrainWorker" in name}
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended, or about to be buried
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
 
 
 @pytest.fixture(scope="module")
