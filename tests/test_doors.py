@@ -72,6 +72,16 @@ def printed_until(process: subprocess.Popen[str], words: str) -> str:
     raise AssertionError(f"It ended without saying {words!r}:\n{printed}")
 
 
+def kill_when_it_says(driver: subprocess.Popen[str], words: str) -> None:
+    """Kill a driver in the middle of its work."""
+    printed_until(driver, words)
+    driver.kill()
+    driver.wait()
+    assert driver.stdout is not None
+    driver.stdout.close()
+    time.sleep(5)  # its workers notice, and end
+
+
 def trials_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
 
@@ -84,13 +94,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 @pytest.fixture(scope="module")
 def study(desk: Desk) -> tuple[Path, str]:
     """A study on the embedded corpus whose driver was killed in the middle and resumed; its folder and last words."""
-    driver = desk.open("tune.py", "space.yaml", "--name", "killed")
-    printed_until(driver, f"epoch 2/{EPOCHS}")
-    driver.kill()
-    driver.wait()
-    assert driver.stdout is not None
-    driver.stdout.close()
-    time.sleep(5)  # its workers notice, and end
+    kill_when_it_says(desk.open("tune.py", "space.yaml", "--name", "killed"), f"epoch 2/{EPOCHS}")
     words = desk.run("tune.py", "--resume", "killed")
     return desk.folder / "results" / "killed", words
 
@@ -139,13 +143,7 @@ def test_a_study_confirms_its_best_from_new_seeds_although_it_is_killed_meanwhil
     values = ("trials=3", "early_stopping=none", "confirm_seeds=2")
     options = [part for value in values for part in ("--set", f"search.{value}")]
     options += ["--name", "confirmed", "--confirm", "1"]
-    driver = desk.open("tune.py", "space.yaml", *options)
-    printed_until(driver, f"c000  epoch 2/{EPOCHS}")
-    driver.kill()
-    driver.wait()
-    assert driver.stdout is not None
-    driver.stdout.close()
-    time.sleep(5)  # its workers notice, and end
+    kill_when_it_says(desk.open("tune.py", "space.yaml", *options), f"c000  epoch 2/{EPOCHS}")
     words = desk.run("tune.py", "--resume", "confirmed")
     folder = desk.folder / "results" / "confirmed"
     confirmed = yaml.safe_load((folder / "confirmation.yaml").read_text())
