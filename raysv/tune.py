@@ -129,9 +129,8 @@ def _introduce(space: Space, folder: Path, uri: str, corpus: Corpus) -> None:
     print(f"Study    {folder.name}: {space.search.trials} trials of up to {space.epochs} epochs, {stopping}")
     print(f"Proposes {SAMPLERS[sampler]}, after {len(space.first_points())} published settings")
     if space.search.confirm and space.ranges:
-        print(
-            f"Confirms the best {space.search.confirm} and the paper's setting from {space.search.confirm_seeds} seeds"
-        )
+        beside, seeds = space.reference(), space.search.confirm_seeds
+        print(f"Confirms the best {space.search.confirm}, beside {beside}, from {seeds} new seeds")
     if space.second:
         print(f"Lowers   the EER and {space.second}")
     print(f"Searches {searched}")

@@ -27,10 +27,7 @@ STARTED_FILE = "started.yaml"  # how it was started, for whoever resumes it
 BEST_FILE = "best_config.yaml"
 TRIALS_FILE = "trials.csv"
 LOCK_FILE = "driver.lock"  # held by the driver of a study as long as it lives
-TUNE_FOLDER, CONFIRM_FOLDER = (
-    "tune",
-    "confirm",
-)  # Tune's own records of search and confirmation, below the study's folder
+TUNE_FOLDER, CONFIRM_FOLDER = "tune", "confirm"  # Tune's own records of search and confirmation
 
 
 @dataclass(frozen=True)
