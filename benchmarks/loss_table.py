@@ -19,10 +19,15 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from raysv.config import config_from_dict
+from raysv.learning.training import Metrics, fit
 
 TABLE = Path(__file__).with_name("loss_table.csv")
 EPOCHS, SEEDS = 18, (0, 1)
@@ -67,24 +72,24 @@ def runs() -> Iterator[Run]:
             yield settings[number * stride % len(settings)], seed
 
 
-def train(run: Run, root: str, cache: str) -> list[dict[str, Any]]:
-    """One run to its end; its rows of the table."""
-    import torch
-
-    from raysv.config import config_from_dict
-    from raysv.learning.training import fit
-
+def learn(values: Mapping[str, float], seed: int, root: str, cache: str, epochs: int = EPOCHS) -> list[Metrics]:
+    """Train with a setting to the end; the metrics after each epoch, after the last those on the test lists too."""
     torch.set_num_threads(1)
-    setting, seed = run
-    values = dict(zip(GRID, setting, strict=True))
     tree = CONFIG | {
         "data": CONFIG["data"] | {"root": root, "cache": cache},
         "loss": {key: values[key] for key in ("margin", "scale", "temperature")},
         "augment": {"strength": values["strength"]},
-        "training": {"epochs": EPOCHS, "seed": seed, "precision": "fp32"},
+        "training": {"epochs": epochs, "seed": seed, "precision": "fp32"},
     }
-    history: list[dict[str, float]] = []
+    history: list[Metrics] = []
     fit(config_from_dict(tree), lambda metrics, _: history.append(metrics), tests=True)
+    return history
+
+
+def train(run: Run, root: str, cache: str) -> list[dict[str, Any]]:
+    """One run to its end; its rows of the table."""
+    setting, seed = run
+    values = dict(zip(GRID, setting, strict=True))
     return [
         values
         | {
@@ -95,7 +100,7 @@ def train(run: Run, root: str, cache: str) -> list[dict[str, Any]]:
             "epoch_seconds": f"{metrics['speed/epoch_seconds']:.2f}",
         }
         | {name: f"{metrics[key]:.5f}" for name in TESTS if (key := name.replace("_eer", "/eer")) in metrics}
-        for metrics in history
+        for metrics in learn(values, seed, root, cache)
     ]
 
 

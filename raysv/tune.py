@@ -127,7 +127,8 @@ def _introduce(space: Space, folder: Path, uri: str, corpus: Corpus) -> None:
     early, sampler = space.search.early_stopping, space.search.sampler
     stopping = "all to the end" if early == "none" else f"stopped early by {STOPPING[early]}"
     print(f"Study    {folder.name}: {space.search.trials} trials of up to {space.epochs} epochs, {stopping}")
-    print(f"Proposes {SAMPLERS[sampler]}, after {len(space.first_points())} published settings")
+    first = len(space.first_points())
+    print(f"Proposes {SAMPLERS[sampler]}" + (f", after {first} published setting{'s' * (first > 1)}" if first else ""))
     if space.search.confirm and space.ranges:
         beside, seeds = space.reference(), space.search.confirm_seeds
         print(f"Confirms the best {space.search.confirm}, beside {beside}, from {seeds} new seeds")

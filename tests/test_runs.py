@@ -245,6 +245,39 @@ def test_the_study_counts_outcomes_and_names_the_best(tracking_uri: str) -> None
     ]
 
 
+def test_a_new_driver_counts_what_ended_before_it(tracking_uri: str) -> None:
+    run_trial(new_driver(tracking_uri), trial(0, **{"loss.margin": 0.1}), [0.4, 0.3, 0.2])
+    callback = new_driver(tracking_uri)
+    run_trial(callback, trial(1, **{"loss.margin": 0.2}), [0.4, 0.3, 0.1])
+    (study,) = runs(tracking_uri, "study")
+    assert study.data.metrics["trials_complete"] == 2
+    assert [run.data.tags.get("raysv.best") for run in runs(tracking_uri)] == [None, "true"]
+    note = study.data.tags["mlflow.note.content"]
+    assert note.index("| t001 | 10.00 | 0.2 |") < note.index("| t000 | 20.00 | 0.1 |")
+
+
+def test_a_trial_that_is_tried_again_counts_once(tracking_uri: str) -> None:
+    callback = new_driver(tracking_uri)
+    run_trial(callback, trial(0), [0.4], failure="NaN")
+    run_trial(callback, trial(0), [0.4, 0.3, 0.2])
+    (study,) = runs(tracking_uri, "study")
+    assert study.data.metrics["trials_error"] == 0 and study.data.metrics["trials_complete"] == 1
+
+
+def test_the_end_of_a_trial_asks_mlflow_for_no_other(tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = new_driver(tracking_uri)
+    run_trial(callback, trial(0), [0.4, 0.3, 0.2])
+    asked: list[str] = []
+    searching = MlflowClient.search_runs
+    monkeypatch.setattr(
+        MlflowClient,
+        "search_runs",
+        lambda self, ids, conditions, **more: asked.append(conditions) or searching(self, ids, conditions, **more),
+    )
+    run_trial(callback, trial(1), [0.4, 0.3, 0.1])
+    assert len(asked) == 1 and "id1" in asked[0]  # whether it has a run already
+
+
 def test_a_trial_that_tune_forgot_is_removed(tracking_uri: str) -> None:
     tell(new_driver(tracking_uri), "on_trial_start", trial(0))
     callback = new_driver(tracking_uri)

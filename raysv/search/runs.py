@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,24 @@ class _Known:
     checkpoints: list[tuple[float, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """A trial that ended, as MLflow holds it.
+
+    Attributes:
+        searched: what it tried, by dotted key, as shown.
+        best: whether its run has the tag of the best.
+    """
+
+    run_id: str
+    trial_id: str
+    name: str
+    outcome: str
+    eer: float
+    searched: dict[str, str]
+    best: bool = False
+
+
 class StudyRuns:
     """A study's runs in MLflow. Everything may be done twice and leaves MLflow as if done once."""
 
@@ -54,6 +73,7 @@ class StudyRuns:
         self._card = card
         self._tags: dict[str, str] = {}
         self._trials: dict[str, _Known] = {}
+        self._ended: dict[str, _Ended] | None = None  # by the trial's id; None: not looked up yet
         self._summary: dict[str, float] = {}
         self._hours_before, self._since = 0.0, time.monotonic()
 
@@ -81,6 +101,8 @@ class StudyRuns:
     def start(self, card: TrialCard) -> None:
         """The run of a trial that starts, or starts again: its configuration, and no outcome yet."""
         known = self._known(card)
+        if self._ended:
+            self._ended.pop(card.trial_id, None)
         tree = with_values(self._card.base, card.values)
         values = flatten(tree) | (self._card.resolve(tree) if self._card.resolve else {})
         params = [Param(key, show_value(values[key], PARAM_DIGITS)) for key in values if key not in known.params]
@@ -115,6 +137,12 @@ class StudyRuns:
         known = self._known(card)
         self._client.log_batch(known.run_id, tags=_run_tags({OUTCOME: end, ERROR: reason[:5000]}))
         self._client.set_terminated(known.run_id, STATUS[end])
+        if self._ended is not None:
+            last = known.curve[max(known.curve)] if known.curve else math.inf
+            tree = flatten(with_values(self._card.base, card.values))
+            searched = {key: show_value(tree[key], PARAM_DIGITS) for key in self._card.searched if key in tree}
+            name = card.name.split()[0]
+            self._ended[card.trial_id] = _Ended(known.run_id, card.trial_id, name, end, last, searched)
 
     def upload(self, card: TrialCard, report: Path | None = None) -> None:
         """The files of a trial that ended: best checkpoint, DET curve, and the report of an error.
@@ -134,29 +162,49 @@ class StudyRuns:
         """How the search stands, on the study's run: counts and the best EER over time, a table of the best trials."""
         if self._card.kind != TRIAL_KIND:
             return
-        trials = self._search({KIND: TRIAL_KIND})
-        ends = Counter(run.data.tags.get(OUTCOME) for run in trials)
-        ranked = sorted(
-            (run for run in trials if run.data.tags.get(OUTCOME) == "complete" and METRIC in run.data.metrics),
-            key=lambda run: run.data.metrics[METRIC],
-        )
+        ended = self._all_ended()
+        ends = Counter(trial.outcome for trial in ended.values())
+        complete = (trial for trial in ended.values() if trial.outcome == "complete" and math.isfinite(trial.eer))
+        ranked = heapq.nsmallest(RANKED, complete, key=lambda trial: trial.eer)
         values = {f"trials_{end}": float(ends[end]) for end in STATUS}
-        tags = {"mlflow.note.content": self._note(ranked[:RANKED])}
+        tags = {"mlflow.note.content": self._note(ranked)}
         if ranked:
-            values["best_eer"] = ranked[0].data.metrics[METRIC]
-            tags[BEST_TRIAL] = ranked[0].data.tags[TRIAL]
+            values["best_eer"] = ranked[0].eer
+            tags[BEST_TRIAL] = ranked[0].trial_id
         if values == self._summary:
             return
         now, step = int(1000 * time.time()), sum(ends[end] for end in STATUS)
         hours = self._hours_before + (time.monotonic() - self._since) / 3600
         metrics = [Metric(key, value, now, step) for key, value in (values | {"hours": hours}).items()]
         self._client.log_batch(self._parent, metrics=metrics, tags=_run_tags(tags))
-        for run in trials:
-            if BEST in run.data.tags and run not in ranked[:1]:
-                self._client.delete_tag(run.info.run_id, BEST)
-        for run in ranked[:1]:
-            self._client.set_tag(run.info.run_id, BEST, "true")
+        for trial in [trial for trial in ended.values() if trial.best and trial not in ranked[:1]]:
+            self._client.delete_tag(trial.run_id, BEST)
+            ended[trial.trial_id] = replace(trial, best=False)
+        for trial in ranked[:1]:
+            self._client.set_tag(trial.run_id, BEST, "true")
+            ended[trial.trial_id] = replace(trial, best=True)
         self._summary = values
+
+    def _all_ended(self) -> dict[str, _Ended]:
+        """What trials came to: looked up once, what this driver writes is added as it does.
+
+        Looking it up at the end of each trial would take a study's driver longer and longer.
+        """
+        if self._ended is None:
+            self._ended = {
+                run.data.tags[TRIAL]: _Ended(
+                    run.info.run_id,
+                    run.data.tags[TRIAL],
+                    run.info.run_name.split()[0],
+                    run.data.tags[OUTCOME],
+                    run.data.metrics.get(METRIC, math.inf),
+                    {key: run.data.params.get(key, "") for key in self._card.searched},
+                    BEST in run.data.tags,
+                )
+                for run in self._search({KIND: TRIAL_KIND})
+                if run.data.tags.get(OUTCOME) in STATUS
+            }
+        return self._ended
 
     def close(self, trial_ids: Iterable[str]) -> None:
         """The end of a driver: trials it leaves unfinished are KILLED, those that Tune has forgotten are removed.
@@ -212,13 +260,11 @@ class StudyRuns:
         if (folder / "det.csv").is_file():
             self._client.log_figure(run_id, det_figure({name: read_det(folder / "det.csv")}), "det.png")
 
-    def _note(self, best: list[Run]) -> str:
+    def _note(self, best: list[_Ended]) -> str:
         """What the study searches, and its best trials if there are any."""
         keys = self._card.searched
         rows = [
-            [run.info.run_name.split()[0], f"{100 * run.data.metrics[METRIC]:.2f}"]
-            + [run.data.params.get(key, "") for key in keys]
-            for run in best
+            [trial.name, f"{100 * trial.eer:.2f}", *(trial.searched.get(key, "") for key in keys)] for trial in best
         ]
         table = markdown(["trial", "EER %", *keys], rows) if rows else ""
         return "\n\n".join(filter(None, (self._card.description, table)))

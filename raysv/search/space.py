@@ -79,7 +79,7 @@ class SearchConfig(Section):
         choices=("tpe", "gp", "random", "quasirandom", "grid"),
     )
     published: int = knob(
-        2, "how many published settings are tried first; the paper's own is the first of them. A grid tries none", 1, 5
+        2, "how many published settings are tried first; the paper's own is the first of them. A grid tries none", 0, 5
     )
     early_stopping: str = knob(
         "asha",
@@ -238,7 +238,7 @@ class Space:
         return SECOND.get(self.search.second_objective)
 
     def first_points(self) -> list[dict[str, Any]]:
-        """The published settings, complete and inside the ranges, each once; the paper's is the first."""
+        """What is tried first: published settings, complete and inside the ranges, each once; the paper's leads."""
         points: list[dict[str, Any]] = []
         for published in list(PUBLISHED.values())[: self.search.published] if self.search.sampler != "grid" else ():
             if (point := self._nearest(published)) not in points:

@@ -1,0 +1,177 @@
+"""What a study of ten thousand trials costs its driver: the real tuner, with trials that only sleep and report.
+
+    python benchmarks/scaling.py [--trials 10000] [--parallel 16] [--seconds 0.2] [--minutes 30]
+
+The stage that raysv runs when it searches: Tune, Optuna's TPE in its database, ASHA with its journal, MLflow in a
+database of its own, a line for every event; only what trains is replaced. A trial sleeps so long for each epoch and
+reports an EER that follows from its values. Every so many trials a line says what came since the one before: trials
+and results a second, the driver's own time for each result and where it went, and the driver's memory. The trials'
+processes share the machine with the driver, so the driver's CPU time is what carries over to others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_ADDRESS"] = "local"
+
+import ray
+import ray.tune
+from measure import machine
+from ray.tune.execution.tune_controller import TuneController
+
+from raysv.search.mlflow_store import check
+from raysv.search.proposals import OptunaProposals
+from raysv.search.results import METRIC, TIME
+from raysv.search.space import Space, space_from_dict
+from raysv.search.stages import make_tuner, search_stage
+from raysv.search.stopping import JournaledStopping
+from raysv.search.study import open_study
+from raysv.search.tracking import MLflowTracking
+from raysv.search.tuner import TUNE_SETTINGS
+
+TREE = {
+    "loss": {
+        "margin": {"uniform": [0.0, 0.5]},
+        "scale": {"loguniform": [10.0, 60.0]},
+        "temperature": {"loguniform": [0.02, 0.5]},
+    },
+    "augment": {"strength": {"uniform": [0.0, 1.0]}},
+    "training": {"epochs": 9},
+}
+PARTS = {
+    "proposing": (OptunaProposals, ["suggest"]),
+    "Optuna's records": (OptunaProposals, ["on_trial_result", "on_trial_complete"]),
+    "early stopping": (JournaledStopping, ["on_trial_result"]),
+    "MLflow": (MLflowTracking, ["on_trial_start", "on_trial_result", "on_trial_complete"]),
+    "Tune's snapshots": (TuneController, ["checkpoint"]),
+}
+
+
+def stand_in(values: dict[str, Any], epochs: int, seconds: float) -> None:
+    """A trial that learns nothing: its EER falls to what a smooth function of its values says."""
+    distance = (
+        (values["loss.margin"] - 0.2) ** 2
+        + (values["augment.strength"] - 0.6) ** 2
+        + math.log(values["loss.scale"] / 30) ** 2
+        + math.log(values["loss.temperature"] / 0.07) ** 2
+    )
+    for epoch in range(1, epochs + 1):
+        time.sleep(seconds)
+        ray.tune.report({METRIC: 0.05 + 0.02 * math.tanh(distance) + 0.3 / (1 + epoch), TIME: epoch})
+
+
+class Clock:
+    """Where the driver's seconds go: time inside each part, by name."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        for part, (owner, names) in PARTS.items():
+            inside: list[str] = []  # one part may call itself
+            for name in names:
+                setattr(owner, name, self._timed(part, getattr(owner, name), inside))
+
+    def _timed(self, part: str, method: Callable[..., Any], inside: list[str]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def timed(*args: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            inside.append(part)
+            try:
+                return method(*args, **named)
+            finally:
+                inside.pop()
+                if not inside:
+                    self.seconds[part] += time.perf_counter() - started
+
+        return timed
+
+
+class Told(ray.tune.Callback):
+    """A line for every so many trials that ended."""
+
+    def __init__(self, clock: Clock, every: int, minutes: float) -> None:
+        self._clock, self._every, self._until = clock, every, time.monotonic() + 60 * minutes
+        self._ended = self._results = 0
+        self._before = self._now()
+        print("| trials | a second | results a second | ms of CPU a result | " + " | ".join(PARTS) + " | MB |")
+        print("|---" * (len(PARTS) + 5) + "|", flush=True)
+
+    def _now(self) -> list[float]:
+        return [time.monotonic(), time.process_time(), self._results, *self._clock.seconds.values()]
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        """Count it."""
+        self._results += 1
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Count it, and say how it went from time to time."""
+        self._results += 1  # the one that a trial was stopped at Tune sends only here
+        self._ended += 1
+        if self._ended % self._every:
+            return
+        now = self._now()
+        wall, cpu, results, *parts = (after - before for after, before in zip(now, self._before, strict=True))
+        self._before = now
+        each = (f"{1000 * seconds / results:.1f}" for seconds in (cpu, *parts))
+        row = [self._ended, f"{self._every / wall:.2f}", f"{results / wall:.1f}", *each, f"{_resident():.0f}"]
+        print(f"| {' | '.join(map(str, row))} |", file=sys.__stdout__, flush=True)
+        if time.monotonic() > self._until:
+            raise KeyboardInterrupt
+
+
+def _resident() -> float:
+    """The driver's own memory in MB, files that it maps left out."""
+    pages = Path("/proc/self/statm").read_text().split()
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def run(space: Space, parallel: int, seconds: float, every: int, minutes: float) -> None:
+    """One study with trials that sleep."""
+    os.environ.update(TUNE_SETTINGS)
+    clock = Clock()
+    ray.init(num_cpus=parallel, include_dashboard=False, log_to_driver=False, logging_level="error")
+    with tempfile.TemporaryDirectory(prefix="raysv-scaling-") as name, open(os.devnull, "w") as nowhere:
+        uri = f"sqlite:///{name}/mlflow.db"
+        check(uri)
+        folder = open_study(space, Path(name), uri, "scaling")
+        trainable = functools.partial(stand_in, epochs=space.epochs, seconds=seconds)
+        stage = search_stage(space, folder)
+        tuner = make_tuner(stage, ray.tune.with_resources(trainable, {"CPU": 1}), space, folder, parallel, uri)
+        callbacks = tuner._local_tuner.get_run_config().callbacks  # type: ignore[union-attr]
+        callbacks.append(Told(clock, every, minutes))
+        started = time.monotonic()
+        with contextlib.redirect_stdout(nowhere):
+            results = tuner.fit()
+        print(f"\n{len(results)} trials in {(time.monotonic() - started) / 60:.1f} minutes")
+        for what in ("mlflow.db", "scaling/optuna.db", "scaling/stopping.jsonl"):
+            print(f"{what}: {Path(name, what).stat().st_size / 1e6:.1f} MB")
+        ray.shutdown()
+
+
+def main() -> None:
+    """Run the study and print how it went."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--parallel", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=0.2, help="that an epoch of a trial sleeps")
+    parser.add_argument("--every", type=int, default=500, help="trials from one line to the next")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end the study after so long")
+    chosen = parser.parse_args()
+    print(machine(), flush=True)
+    search = {"trials": chosen.trials, "confirm": 0, "concurrent_trials": chosen.parallel}
+    space = space_from_dict(TREE | {"search": search}, "scaling")
+    run(space, chosen.parallel, chosen.seconds, chosen.every, chosen.minutes)
+
+
+if __name__ == "__main__":
+    main()
