@@ -3,8 +3,9 @@
     python benchmarks/scaling.py [--trials 10000] [--parallel 16] [--seconds 0.2] [--minutes 30]
 
 The stage that raysv runs when it searches: Tune, Optuna's TPE in its database, ASHA with its journal, MLflow in a
-database of its own, a line for every event; only what trains is replaced. A trial sleeps so long for each epoch and
-reports an EER that follows from its values. Every so many trials a line says what came since the one before: trials
+database of its own, a line for every event; what trains is replaced. A trial sleeps so long for each epoch and reports
+an EER that follows from its values, and, with --checkpoints, a checkpoint of a small encoder, of which the driver puts
+the files and a DET curve into MLflow. Every so many trials a line says what came since the one before: trials
 and results a second, the driver's own time for each result and where it went, and the driver's memory. The trials'
 processes share the machine with the driver, so the driver's CPU time is what carries over to others.
 """
@@ -16,6 +17,7 @@ import contextlib
 import functools
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -25,11 +27,14 @@ from typing import Any
 
 os.environ["RAY_ADDRESS"] = "local"
 
+import numpy as np
 import ray
 import ray.tune
 from measure import machine
 from ray.tune.execution.tune_controller import TuneController
 
+from raysv.config import config_from_dict
+from raysv.learning.checkpoint import Standing, save_checkpoint
 from raysv.search.mlflow_store import check
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC, TIME
@@ -39,6 +44,9 @@ from raysv.search.stopping import JournaledStopping
 from raysv.search.study import open_study
 from raysv.search.tracking import MLflowTracking
 from raysv.search.tuner import TUNE_SETTINGS
+from raysv.speech.encoder import SpeakerEncoder
+from raysv.verification.evaluation import Evaluation
+from raysv.verification.metrics import error_rates
 
 TREE = {
     "loss": {
@@ -47,7 +55,6 @@ TREE = {
         "temperature": {"loguniform": [0.02, 0.5]},
     },
     "augment": {"strength": {"uniform": [0.0, 1.0]}},
-    "training": {"epochs": 9},
 }
 PARTS = {
     "proposing": (OptunaProposals, ["suggest"]),
@@ -58,7 +65,7 @@ PARTS = {
 }
 
 
-def stand_in(values: dict[str, Any], epochs: int, seconds: float) -> None:
+def stand_in(values: dict[str, Any], epochs: int, seconds: float, checkpoint: dict[str, str]) -> None:
     """A trial that learns nothing: its EER falls to what a smooth function of its values says."""
     distance = (
         (values["loss.margin"] - 0.2) ** 2
@@ -68,7 +75,8 @@ def stand_in(values: dict[str, Any], epochs: int, seconds: float) -> None:
     )
     for epoch in range(1, epochs + 1):
         time.sleep(seconds)
-        ray.tune.report({METRIC: 0.05 + 0.02 * math.tanh(distance) + 0.3 / (1 + epoch), TIME: epoch})
+        eer = 0.05 + 0.02 * math.tanh(distance) + 0.3 / (1 + epoch)
+        ray.tune.report({METRIC: eer, TIME: epoch} | checkpoint)
 
 
 class Clock:
@@ -114,8 +122,7 @@ class Told(ray.tune.Callback):
         self._results += 1
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count it, and say how it went from time to time."""
-        self._results += 1  # the one that a trial was stopped at Tune sends only here
+        """Say how it went from time to time."""
         self._ended += 1
         if self._ended % self._every:
             return
@@ -126,7 +133,7 @@ class Told(ray.tune.Callback):
         row = [self._ended, f"{self._every / wall:.2f}", f"{results / wall:.1f}", *each, f"{_resident():.0f}"]
         print(f"| {' | '.join(map(str, row))} |", file=sys.__stdout__, flush=True)
         if time.monotonic() > self._until:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # Tune ends in order
 
 
 def _resident() -> float:
@@ -135,7 +142,20 @@ def _resident() -> float:
     return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def run(space: Space, parallel: int, seconds: float, every: int, minutes: float) -> None:
+def write_checkpoint(folder: Path) -> dict[str, str]:
+    """A checkpoint of an encoder that has learned nothing, as part of a result."""
+    folder.mkdir()
+    config = config_from_dict({"model": {"channels": 64, "embedding_dim": 64}})
+    generator = np.random.default_rng(0)
+    same_speaker = np.arange(5400) % 2 == 0
+    scores = generator.normal(same_speaker, 1.0)
+    dev = Evaluation(scores, same_speaker, error_rates(scores, same_speaker))
+    standing = Standing(config, [{"epoch": 1, METRIC: 0.3}], dev, 100, "none", "cpu, float32")
+    save_checkpoint(folder, standing, SpeakerEncoder(config.model), {})
+    return {"checkpoint_path": str(folder)}
+
+
+def run(space: Space, parallel: int, seconds: float, every: int, minutes: float, checkpoints: bool) -> None:
     """One study with trials that sleep."""
     os.environ.update(TUNE_SETTINGS)
     clock = Clock()
@@ -144,7 +164,8 @@ def run(space: Space, parallel: int, seconds: float, every: int, minutes: float)
         uri = f"sqlite:///{name}/mlflow.db"
         check(uri)
         folder = open_study(space, Path(name), uri, "scaling")
-        trainable = functools.partial(stand_in, epochs=space.epochs, seconds=seconds)
+        checkpoint = write_checkpoint(Path(name, "checkpoint")) if checkpoints else {}
+        trainable = functools.partial(stand_in, epochs=space.epochs, seconds=seconds, checkpoint=checkpoint)
         stage = search_stage(space, folder)
         tuner = make_tuner(stage, ray.tune.with_resources(trainable, {"CPU": 1}), space, folder, parallel, uri)
         callbacks = tuner._local_tuner.get_run_config().callbacks  # type: ignore[union-attr]
@@ -165,12 +186,14 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=0.2, help="that an epoch of a trial sleeps")
     parser.add_argument("--every", type=int, default=500, help="trials from one line to the next")
+    parser.add_argument("--epochs", type=int, default=9)
+    parser.add_argument("--checkpoints", action="store_true", help="trials leave checkpoints")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end the study after so long")
     chosen = parser.parse_args()
     print(machine(), flush=True)
     search = {"trials": chosen.trials, "confirm": 0, "concurrent_trials": chosen.parallel}
-    space = space_from_dict(TREE | {"search": search}, "scaling")
-    run(space, chosen.parallel, chosen.seconds, chosen.every, chosen.minutes)
+    space = space_from_dict(TREE | {"search": search, "training": {"epochs": chosen.epochs}}, "scaling")
+    run(space, chosen.parallel, chosen.seconds, chosen.every, chosen.minutes, chosen.checkpoints)
 
 
 if __name__ == "__main__":

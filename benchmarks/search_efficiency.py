@@ -1,16 +1,19 @@
 """How much training a search needs to find a setting as good as the best: ways of searching, replayed over a table.
 
-    python benchmarks/search_efficiency.py [--studies 200] [--parallel 1 8 64]
+    python benchmarks/search_efficiency.py [--studies 500] [--parallel 1 8 64]
 
 Over the learning curves of `loss_table.csv` (see `loss_table.py`), with Optuna's real samplers and Ray's real rules
 of early stopping, set up as in raysv, with raysv's defaults where a row says nothing else. A study runs so many
-trials at a time, an epoch of each takes as long as an epoch of any other, and a trial's EERs are those of one of the
-table's seeds, drawn for it. What a study would hand over at a moment is the trial with the lowest last EER of those
-that came to their end; what that setting is worth is its mean over the seeds (of two, one of which the trial was:
-that flatters every way alike). Shown is the training, in runs of all epochs, until what would be handed over is
-within 2 % of the table's best, as quartiles and the 90th percentile over studies. A study is given up, and counted as
-endless, when it has trained as many epochs as all settings have from one seed. What confirming the winner costs is
-not in it: it is the same for every way.
+trials at a time, an epoch of each takes as long as an epoch of any other, and as in raysv all its trials have one
+training seed: one of the table's, so that half of the studies see one seed's curves and half the other's.
+
+Two things are told. The training, in runs of all epochs, until a trial has come to its end with an EER within 2 % of
+the lowest that the study's seed has in the table: quartiles and the 90th percentile over studies, and the ratio of
+the median to that of random search with its 90 % interval (bootstrap over studies). And what a study with so much
+training would hand over is worth: of the three trials with the lowest last EERs, the one whose mean over the table's
+seeds is lowest, which is what confirming them finds; that mean, in EER %, the median over studies.
+
+Confirmation itself is not counted: it costs all ways alike, twelve runs by default.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from loss_table import EPOCHS, GRID, TABLE
+from loss_table import EPOCHS, GRID, SEEDS, TABLE
 from optuna.trial import TrialState
 
 from raysv.search.results import METRIC, TIME
@@ -37,8 +40,13 @@ from raysv.search.space import Range, space_from_dict
 from raysv.search.stopping import NOBODY, Entrant, make_rule
 
 WITHIN = 1.02
+CONFIRMED = 3
+RUNS = 160  # of all epochs: the training after which a study is given up
+BUDGETS = (5, 10, 20, 40, 80)  # runs of all epochs, at which is told what a study would hand over
 RANGES = {key: Range("int", (0, len(values) - 1)) for key, values in GRID.items()}
 PUBLISHED = ({"margin": 0.2, "scale": 30.0, "temperature": 0.07, "strength": 0.5},)  # of the table's settings
+
+Setting = tuple[int, ...]  # the place of each value in its list
 
 
 @dataclass(frozen=True)
@@ -58,36 +66,69 @@ WAYS = {
     "TPE, no early stopping": Way("tpe", "none"),
     "Gaussian process, ASHA": Way("gp", "asha"),
     "random, ASHA": Way("random", "asha", published=False),
-    "random after the paper's setting": Way("random", "none"),
+    "random, ASHA, the paper's setting first": Way("random", "asha"),
+    "random, the paper's setting first": Way("random", "none"),
     "random search": Way("random", "none", published=False),
     "grid": Way("grid", "none", published=False),
 }
+REFERENCE = "random search"
 
 
 class Table:
-    """Curves by setting and seed."""
+    """Curves by setting, `(seeds, epochs)` each.
+
+    Raises: SystemExit where a setting lacks one of the seeds or epochs.
+    """
 
     def __init__(self, file: Path) -> None:
-        self.curves: dict[tuple[int, ...], list[list[float]]] = {}
-        rows: dict[tuple[tuple[int, ...], int], list[tuple[int, float]]] = {}
+        rows: dict[Setting, dict[tuple[int, int], float]] = {}
         with file.open(newline="", encoding="utf-8") as lines:
-            for row in csv.DictReader(lines):
-                setting = tuple(values.index(float(row[key])) for key, values in GRID.items())
-                rows.setdefault((setting, int(row["seed"])), []).append((int(row["epoch"]), float(row["dev_eer"])))
-        for (setting, _), curve in sorted(rows.items()):
-            self.curves.setdefault(setting, []).append([eer for _, eer in sorted(curve)])
-        missing = [setting for setting in itertools.product(*map(range, map(len, GRID.values())))
-                   if setting not in self.curves]  # fmt: skip
-        if missing:
-            raise SystemExit(f"{len(missing)} settings are missing in {file}: go on with benchmarks/loss_table.py.")
-        self.worth = {setting: float(np.mean([curve[-1] for curve in seeds])) for setting, seeds in self.curves.items()}
-        self.best = min(self.worth.values())
+            for number, row in enumerate(csv.DictReader(lines), 2):
+                try:
+                    setting = tuple(values.index(float(row[key])) for key, values in GRID.items())
+                except ValueError as error:
+                    raise SystemExit(f"{file}, line {number}: a setting that is not of the grid.") from error
+                rows.setdefault(setting, {})[int(row["seed"]), int(row["epoch"])] = float(row["dev_eer"])
+        settings = list(itertools.product(*map(range, map(len, GRID.values()))))
+        wanted = [(seed, epoch) for seed in SEEDS for epoch in range(1, EPOCHS + 1)]
+        if missing := [setting for setting in settings if not rows.get(setting, {}).keys() >= set(wanted)]:
+            raise SystemExit(
+                f"{len(missing)} of {len(settings)} settings are not complete in {file}: go on with loss_table.py."
+            )
+        self.curves = {
+            setting: np.array([rows[setting][key] for key in wanted]).reshape(len(SEEDS), EPOCHS)
+            for setting in settings
+        }
+        self.worth = {setting: float(curves[:, -1].mean()) for setting, curves in self.curves.items()}
+        self.lowest = np.min([curves[:, -1] for curves in self.curves.values()], axis=0)  # by seed
+
+    def describe(self) -> str:
+        """What there is to be found."""
+        last = 100 * np.array([curves[:, -1] for curves in self.curves.values()])
+        lowest, means = last.min(0), last.mean(1)
+        good = (last <= WITHIN * lowest).sum(0)
+        between, agree = np.sqrt(last.var(1, ddof=1).mean()), np.corrcoef(last.T)[0, 1]
+        found = ", ".join(f"{eer:.2f} % ({many} settings within 2 %)" for eer, many in zip(lowest, good, strict=True))
+        return (
+            f"{len(means)} settings. Lowest EER by seed: {found}. Of the means over seeds the lowest is "
+            f"{means.min():.2f} %, the median {np.median(means):.2f}, the highest {means.max():.2f}.\n"
+            f"A setting's seeds deviate by {between:.2f} points, settings by {means.std():.2f}; over settings, the "
+            f"seeds correlate by {agree:.2f}."
+        )
 
 
-def study(table: Table, way: Way, parallel: int, seed: int) -> float:
-    """One simulated study; its training, in runs of all epochs, until it would hand over something good enough."""
-    generator = np.random.default_rng(seed)
-    search = optuna.create_study(sampler=make_sampler(way.sampler, RANGES, seed))
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a study: the training until something good was found, and the worth of its choice by budget."""
+
+    need: float
+    worth: tuple[float, ...]
+
+
+def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
+    """One simulated study; its number is its sampler's seed and, by turns, chooses the training seed."""
+    generator, training_seed = np.random.default_rng(number), number % len(SEEDS)
+    search = optuna.create_study(sampler=make_sampler(way.sampler, RANGES, number))
     for point in PUBLISHED if way.published else ():
         search.enqueue_trial({key: GRID[key].index(value) for key, value in point.items()})
     defaults = space_from_dict({"training": {"epochs": EPOCHS}}, "defaults")
@@ -99,42 +140,52 @@ def study(table: Table, way: Way, parallel: int, seed: int) -> float:
     )
     if rule:
         rule.set_search_properties(METRIC, "min")
-    running: list[tuple[float, int, int, optuna.Trial, list[float]]] = []
-    budget, trained, lowest = len(table.curves) * EPOCHS, 0, np.inf
+    running: list[tuple[float, int, int, optuna.Trial, Setting]] = []
+    most = len(table.curves) if way.sampler == "grid" else None  # a grid ends
+    need, trained = np.inf, 0
+    ended: list[tuple[float, Setting]] = []
+    worth: list[float] = []
     numbers = itertools.count()
 
     def start(now: float) -> None:
+        number = next(numbers)
+        if most is not None and number >= most:
+            return
         trial = search.ask()
         setting = tuple(RANGES[key].suggest(trial, key) for key in GRID)
-        seeds = table.curves[setting]
-        number = next(numbers)
         if rule:
             rule.on_trial_add(NOBODY, Entrant(str(number), number))  # type: ignore[arg-type]
         # trials that start together end their epochs in no order of theirs
-        later = now + 1 + 1e-6 * generator.random()
-        heapq.heappush(running, (later, number, 1, trial, seeds[generator.integers(len(seeds))]))
+        heapq.heappush(running, (now + 1 + 1e-6 * generator.random(), number, 1, trial, setting))
 
     for _ in range(parallel):
         start(0.0)
-    while trained < budget:
-        now, number, epoch, trial, curve = heapq.heappop(running)
+    while running and trained < RUNS * EPOCHS:
+        now, number, epoch, trial, setting = heapq.heappop(running)
         trained += 1
-        eer = curve[epoch - 1]
+        eer = float(table.curves[setting][training_seed, epoch - 1])
         trial.report(eer, epoch)
         if epoch < EPOCHS and not _stops(rule, number, epoch, eer):
-            heapq.heappush(running, (now + 1, number, epoch + 1, trial, curve))
-            continue
-        if epoch == EPOCHS:
-            search.tell(trial, eer)
-            setting = tuple(trial.params[key] for key in GRID)
-            if eer < lowest:
-                lowest = eer
-                if table.worth[setting] <= WITHIN * table.best:
-                    return trained / EPOCHS
+            heapq.heappush(running, (now + 1, number, epoch + 1, trial, setting))
         else:
-            search.tell(trial, state=TrialState.PRUNED)
-        start(now)
-    return np.inf
+            if epoch == EPOCHS:
+                search.tell(trial, eer)
+                ended.append((eer, setting))
+                if eer <= WITHIN * table.lowest[training_seed]:
+                    need = min(need, trained / EPOCHS)
+            else:
+                search.tell(trial, state=TrialState.PRUNED)
+            start(now)
+        if trained % EPOCHS == 0 and trained // EPOCHS in BUDGETS:
+            worth.append(_confirmed(table, ended))
+    worth += [_confirmed(table, ended)] * (len(BUDGETS) - len(worth))
+    return Outcome(need, tuple(worth))
+
+
+def _confirmed(table: Table, ended: list[tuple[float, Setting]]) -> float:
+    """The worth of what confirming the best few finds; chance, where no trial has come to its end."""
+    settings = list(dict.fromkeys(setting for _, setting in sorted(ended)))[:CONFIRMED]
+    return min((table.worth[setting] for setting in settings), default=0.5)
 
 
 def _stops(rule: object, number: int, epoch: int, eer: float) -> bool:
@@ -144,43 +195,59 @@ def _stops(rule: object, number: int, epoch: int, eer: float) -> bool:
     return bool(rule.on_trial_result(NOBODY, entrant, {TIME: epoch, METRIC: eer}) == "STOP")  # type: ignore[attr-defined]
 
 
-def _quiet(table: Table, way: Way, parallel: int, seed: int) -> float:
+def _quiet(table: Table, way: Way, parallel: int, number: int) -> Outcome:
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return study(table, way, parallel, seed)
+    return study(table, way, parallel, number)
 
 
-def measure(table: Table, parallel: int, studies: int, processes: int) -> Iterator[tuple[str, np.ndarray]]:
-    """What each way needs, over studies that differ in their seed alone."""
+def measure(table: Table, parallel: int, studies: int, processes: int) -> Iterator[tuple[str, list[Outcome]]]:
+    """What each way comes to, over studies that differ in their number alone."""
     with Pool(processes) as pool:
         for name, way in WAYS.items():
-            yield name, np.array(pool.map(partial(_quiet, table, way, parallel), range(studies), chunksize=1))
+            yield name, pool.map(partial(_quiet, table, way, parallel), range(studies), chunksize=1)
 
 
-def show(needs: Mapping[str, np.ndarray], parallel: int) -> str:
-    """A table of quartiles, and the ratio of each median to that of random search."""
-    lines = [f"{parallel} at a time: runs of all epochs until within 2 % of the best", ""]
-    lines += ["| | lower quartile | median | upper quartile | 90th percentile | median over random search's |"]
-    lines += ["|---|---|---|---|---|---|"]
-    reference = np.median(needs["random search"])
+def ratio(needs: np.ndarray, reference: np.ndarray) -> str:
+    """The ratio of two medians with its 90 % interval over studies; a dash where it is not finite."""
+    generator = np.random.default_rng(0)
+
+    def drawn(values: np.ndarray) -> np.ndarray:
+        return np.median(values[generator.integers(len(values), size=(1000, len(values)))], axis=1)
+
+    with np.errstate(invalid="ignore"):
+        low, high = np.quantile(drawn(needs) / drawn(reference), [0.05, 0.95], method="nearest")
+        middle = np.median(needs) / np.median(reference)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})" if np.isfinite([low, middle, high]).all() else "–"
+
+
+def show(outcomes: Mapping[str, list[Outcome]], parallel: int) -> str:
+    """A table of quartiles and ratios, and one of what is handed over."""
+    needs = {name: np.array([outcome.need for outcome in many]) for name, many in outcomes.items()}
+    lines = [f"{parallel} at a time: runs of all epochs until within 2 % of the lowest EER", ""]
+    lines += ["| | lower quartile | median | upper quartile | 90th percentile | median to random search's |"]
+    lines += ["|---" * 6 + "|"]
     for name, need in needs.items():
         quantiles = (f"{value:.1f}" for value in np.quantile(need, [0.25, 0.5, 0.75, 0.9], method="nearest"))
-        ratio = f"{np.median(need) / reference:.2f}" if np.isfinite(reference) else "–"
-        lines.append(f"| {name} | {' | '.join(quantiles)} | {ratio} |")
+        lines.append(f"| {name} | {' | '.join(quantiles)} | {ratio(need, needs[REFERENCE])} |")
+    lines += ["", "Mean EER % of what is handed over after so many runs, median over studies", ""]
+    lines += [f"| | {' | '.join(map(str, BUDGETS))} |", "|---" * (1 + len(BUDGETS)) + "|"]
+    for name, many in outcomes.items():
+        medians = np.median([outcome.worth for outcome in many], axis=0)
+        lines.append(f"| {name} | {' | '.join(f'{100 * value:.2f}' for value in medians)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Print what each way needs."""
+    """Print what each way needs and finds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--studies", type=int, default=200)
+    parser.add_argument("--studies", type=int, default=500)
     parser.add_argument("--parallel", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--processes", type=int, default=2)
     chosen = parser.parse_args()
     table = Table(chosen.table)
-    good = sum(worth <= WITHIN * table.best for worth in table.worth.values())
-    print(f"{len(table.curves)} settings; best mean EER {100 * table.best:.2f} %, {good} settings within 2 % of it\n")
+    print(f"{table.describe()}\n")
     for parallel in chosen.parallel:
         print(show(dict(measure(table, parallel, chosen.studies, chosen.processes)), parallel) + "\n", flush=True)
 

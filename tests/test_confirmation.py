@@ -115,7 +115,7 @@ NOISE = {"t001": [1.1, 1.0, 1.2], "t003": [0.7, 0.8, 0.6], "t000": [1.6, 1.5, 1.
 
 
 def test_the_lowest_mean_wins_and_is_compared_with_the_paper_s(space: Space, dev: PairSet, tmp_path: Path) -> None:
-    found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, NOISE), dev)
+    found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, NOISE), dev, len(SEARCHED))
     assert [standing.name for standing in found.standings] == ["t003", "t001", "t000"]
     assert found.winner.eers == pytest.approx([0.07, 0.08, 0.06])
     assert found.winner.estimate.mean == pytest.approx(0.07)
@@ -131,9 +131,9 @@ def test_speakers_widen_the_interval_where_there_are_enough(
     space: Space, dev: PairSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = confirming(tmp_path, dev, space, NOISE)
-    alone = conclude(space, candidates(space, SEARCHED), runs, dev)
+    alone = conclude(space, candidates(space, SEARCHED), runs, dev, len(SEARCHED))
     monkeypatch.setattr(confirmation, "FEWEST_SPEAKERS", 4)
-    both = conclude(space, candidates(space, SEARCHED), runs, dev)
+    both = conclude(space, candidates(space, SEARCHED), runs, dev, len(SEARCHED))
     width = [found.winner.estimate.high - found.winner.estimate.low for found in (both, alone)]
     scores = [np.load(Path(run.checkpoint, "dev_scores.npy")) for run in runs]
     assert both.winner.estimate.mean == alone.winner.estimate.mean
@@ -152,7 +152,7 @@ def test_speakers_widen_the_interval_where_there_are_enough(
 
 def test_a_gain_that_seeds_do_not_agree_on_may_be_chance(space: Space, dev: PairSet, tmp_path: Path) -> None:
     noise = NOISE | {"t003": [0.1, 1.9, 1.0]}
-    found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, noise), dev)
+    found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, noise), dev, len(SEARCHED))
     assert found.winner.name == "t003"
     assert not found.beyond_noise
     assert found.verdict().endswith("that may be chance.")
@@ -166,7 +166,7 @@ def test_where_the_space_has_no_room_for_the_paper_s_setting_it_is_not_called_so
 
 def test_the_paper_s_setting_may_win_itself(space: Space, dev: PairSet, tmp_path: Path) -> None:
     noise = NOISE | {"t000": [0.1, 0.2, 0.1]}
-    found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, noise), dev)
+    found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, noise), dev, len(SEARCHED))
     assert (found.winner.name, found.gain) == ("t000", None)
     assert "nothing that was found is better" in found.verdict()
 
@@ -175,7 +175,9 @@ def test_the_paper_s_setting_may_win_itself(space: Space, dev: PairSet, tmp_path
 def test_a_candidate_of_which_a_run_failed_cannot_win_and_is_named(
     space: Space, dev: PairSet, tmp_path: Path, failed: str
 ) -> None:
-    found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, NOISE, failed), dev)
+    found = conclude(
+        space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, NOISE, failed), dev, len(SEARCHED)
+    )
     assert found.failed == [failed]
     assert f"Of {failed} a run failed, which cannot win." in found.verdict()
     assert found.winner.name == ("t001" if failed == "t003" else "t003")
@@ -184,12 +186,12 @@ def test_a_candidate_of_which_a_run_failed_cannot_win_and_is_named(
 
 def test_where_of_every_candidate_a_run_failed_nothing_is_confirmed(space: Space, dev: PairSet) -> None:
     with pytest.raises(ValueError, match="of each a run failed"):
-        conclude(space, candidates(space, SEARCHED), [], dev)
+        conclude(space, candidates(space, SEARCHED), [], dev, len(SEARCHED))
 
 
 def test_a_confirmation_is_read_as_it_was_written(space: Space, dev: PairSet, tmp_path: Path) -> None:
     assert read_confirmation(tmp_path) is None
-    found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, NOISE), dev)
+    found = conclude(space, candidates(space, SEARCHED), confirming(tmp_path, dev, space, NOISE), dev, len(SEARCHED))
     write_confirmation(found, tmp_path)
     assert read_confirmation(tmp_path) == found
     assert found.verdict() in (tmp_path / "confirmation.yaml").read_text()

@@ -17,7 +17,7 @@ def test_an_entry_that_mlflow_refuses_does_not_hold_up_the_others(
         made.append("refused")
         raise ValueError("not so")
 
-    entries = Outbox(ping=lambda: None)
+    entries = Outbox(recover=lambda: None)
     entries.put(refused)
     entries.put(lambda: made.append("a"))
     entries.put(lambda: made.append("b"))
@@ -42,7 +42,7 @@ def test_while_nothing_answers_entries_wait_and_keep_their_order(monkeypatch: py
         answer()
         made.append(number)
 
-    entries = Outbox(ping=answer)
+    entries = Outbox(recover=answer)
     for number in range(10):  # more than ATTEMPTS: an outage of any length costs nothing
         entries.put(partial(entry, number))
         now[0] += outbox.RETRY_SECONDS
@@ -63,7 +63,7 @@ def test_a_server_that_accepts_and_never_answers_holds_the_study_up_for_a_tenth_
         waited[0] += 40.0
         raise TimeoutError
 
-    entries = Outbox(ping=time_out)
+    entries = Outbox(recover=time_out)
     while now[0] < 36_000:
         entries.put(time_out)
         now[0] += 5.0
@@ -78,7 +78,7 @@ def test_what_cannot_be_written_at_the_end_is_counted(
     def unreachable() -> None:
         raise ConnectionError("no answer")
 
-    entries = Outbox(ping=unreachable)
+    entries = Outbox(recover=unreachable)
     entries.put(unreachable)
     entries.put(unreachable)
     entries.empty()

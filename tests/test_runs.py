@@ -256,12 +256,62 @@ def test_a_new_driver_counts_what_ended_before_it(tracking_uri: str) -> None:
     assert note.index("| t001 | 10.00 | 0.2 |") < note.index("| t000 | 20.00 | 0.1 |")
 
 
-def test_a_trial_that_is_tried_again_counts_once(tracking_uri: str) -> None:
+def test_a_trial_that_is_tried_again_has_not_ended(tracking_uri: str) -> None:
     callback = new_driver(tracking_uri)
     run_trial(callback, trial(0), [0.4], failure="NaN")
-    run_trial(callback, trial(0), [0.4, 0.3, 0.2])
+    tell(callback, "on_trial_start", trial(0))
+    run_trial(callback, trial(1), [0.4, 0.3, 0.2])
     (study,) = runs(tracking_uri, "study")
     assert study.data.metrics["trials_error"] == 0 and study.data.metrics["trials_complete"] == 1
+
+
+def test_the_best_that_starts_again_is_not_marked_beside_the_new_one(tracking_uri: str) -> None:
+    run_trial(new_driver(tracking_uri), trial(0), [0.4, 0.3, 0.2])
+    callback = new_driver(tracking_uri)
+    tell(callback, "on_trial_start", trial(0))  # Tune did not hear of its end
+    run_trial(callback, trial(1), [0.4, 0.3, 0.3])
+    assert [run.data.tags.get("raysv.best") for run in runs(tracking_uri)] == [None, "true"]
+
+
+@pytest.mark.parametrize("method", ["log_batch", "delete_tag", "set_tag"])
+def test_a_lost_reply_to_the_summary_costs_neither_the_mark_nor_the_end(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "RETRY_SHARE", 0.0)
+    callback = new_driver(tracking_uri)
+    run_trial(callback, trial(0), [0.4, 0.3, 0.3])
+    write, lost = getattr(MlflowClient, method), []
+
+    def write_and_lose_a_reply(client: MlflowClient, run_id: str, *args: Any, **more: Any) -> None:
+        write(client, run_id, *args, **more)
+        if ("metrics" in more and "tags" in more) or method != "log_batch":
+            lost.append(run_id)
+            if len(lost) == 1:
+                raise ConnectionError("no answer")
+
+    monkeypatch.setattr(MlflowClient, method, write_and_lose_a_reply)
+    run_trial(callback, trial(1), [0.4, 0.3, 0.2])
+    run_trial(callback, trial(2), [0.4, 0.3, 0.25])
+    callback.on_experiment_end([trial(0), trial(1), trial(2)])
+    assert lost
+    assert [run.data.tags.get("raysv.best") for run in runs(tracking_uri)] == [None, "true", None]
+    (study,) = runs(tracking_uri, "study")
+    assert (study.info.status, study.data.metrics["trials_complete"]) == ("FINISHED", 3)
+
+
+def test_the_best_run_may_be_removed_by_hand_while_the_study_runs(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "RETRY_SHARE", 0.0)
+    callback = new_driver(tracking_uri)
+    run_trial(callback, trial(0), [0.4, 0.3, 0.2])
+    MlflowClient(tracking_uri).delete_run(runs(tracking_uri)[0].info.run_id)
+    run_trial(callback, trial(1), [0.4, 0.3, 0.3])
+    run_trial(callback, trial(2), [0.4, 0.3, 0.1])
+    callback.on_experiment_end([trial(1), trial(2)])
+    assert [run.data.tags.get("raysv.best") for run in runs(tracking_uri)] == [None, "true"]
 
 
 def test_the_end_of_a_trial_asks_mlflow_for_no_other(tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +325,7 @@ def test_the_end_of_a_trial_asks_mlflow_for_no_other(tracking_uri: str, monkeypa
         lambda self, ids, conditions, **more: asked.append(conditions) or searching(self, ids, conditions, **more),
     )
     run_trial(callback, trial(1), [0.4, 0.3, 0.1])
-    assert len(asked) == 1 and "id1" in asked[0]  # whether it has a run already
+    assert asked == []
 
 
 def test_a_trial_that_tune_forgot_is_removed(tracking_uri: str) -> None:

@@ -26,7 +26,7 @@ from mlflow_fixtures import (
 from optuna.trial import TrialState
 from ray import cloudpickle
 
-from raysv.search import mlflow_store, outbox
+from raysv.search import outbox
 from raysv.search.cards import StudyCard
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC, TIME, outcome
@@ -105,7 +105,8 @@ def test_an_outage_costs_no_result_and_no_order(
     callback, subject = new_driver(tracking_uri), trial()
     tell(callback, "on_trial_start", subject)
     with monkeypatch.context() as outage:
-        outage.setattr(mlflow_store, "MlflowClient", _unreachable)
+        for method in ("log_batch", "search_experiments", "search_runs", "create_run", "get_run"):
+            outage.setattr(MlflowClient, method, _unreachable)
         report(callback, subject, 1, 0.4)
         report(callback, subject, 2, 0.3)
     report(callback, subject, 3, 0.2)
@@ -119,7 +120,7 @@ def test_an_outage_costs_no_result_and_no_order(
     ]
 
 
-def _unreachable(tracking_uri: str) -> MlflowClient:
+def _unreachable(*args: Any, **more: Any) -> None:
     raise ConnectionError("no answer")
 
 

@@ -61,8 +61,8 @@ class Confirmation:
         paper: the name of the candidate that has the paper's setting, and `reference`, what that is to be called: a
             space may have no room for it, only for something near.
         gain: how much lower the winner's mean EER is than the paper's, paired over seeds and speakers; None where the
-            paper's setting won itself or did not come to its end. Its interval is widened for having chosen the winner
-            among several.
+            paper's setting won itself or did not come to its end. Its interval is widened for having chosen the winner:
+            with these seeds among what was confirmed, with these speakers among all that the search tried.
         failed: candidates of which a run failed.
     """
 
@@ -130,11 +130,14 @@ def points(space: Space, chosen: Sequence[Candidate]) -> list[dict[str, Any]]:
     return [candidate.values | {SEED: seed} for seed in seeds(space) for candidate in chosen]
 
 
-def conclude(space: Space, chosen: Sequence[Candidate], runs: Sequence[TrialRecord], dev: PairSet) -> Confirmation:
+def conclude(
+    space: Space, chosen: Sequence[Candidate], runs: Sequence[TrialRecord], dev: PairSet, searched: int
+) -> Confirmation:
     """What the runs of a confirmation say.
 
     Args:
         runs: of the candidates; their checkpoints hold the scores of the dev pairs.
+        searched: among how many trials the candidates were chosen, on the same speakers.
 
     Raises: ValueError when no candidate came to its end with every seed.
     """
@@ -160,7 +163,9 @@ def conclude(space: Space, chosen: Sequence[Candidate], runs: Sequence[TrialReco
         others = len(chosen) - 1  # among which the winner was chosen
         lower = np.subtract(eers[paper], eers[winner.name])
         by_speakers = drawn[paper] - drawn[winner.name] if drawn else None
-        gain = mean_over_seeds(lower, by_speakers, speakers, 1 - (1 - INTERVAL_LEVEL) / others)
+        gain = mean_over_seeds(
+            lower, by_speakers, speakers, chosen_by_seeds=others, chosen_by_speakers=max(others, searched)
+        )
     failed = [candidate.name for candidate in chosen if candidate.name not in eers]
     return Confirmation(seeds(space), speakers, standings, paper, space.reference(), gain, failed)
 

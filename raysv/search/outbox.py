@@ -24,11 +24,11 @@ class Outbox:
     that fails again and again while MLflow answers is given up: then the entry is at fault.
 
     Args:
-        ping: raises when MLflow does not answer.
+        recover: called after an entry failed, before it is tried again; raises when MLflow does not answer.
     """
 
-    def __init__(self, ping: Callable[[], object]) -> None:
-        self._ping = ping
+    def __init__(self, recover: Callable[[], object]) -> None:
+        self._recover = recover
         self._waiting: deque[Callable[[], object]] = deque()
         self._attempts = 0
         self._resume_at = -math.inf
@@ -73,7 +73,7 @@ class Outbox:
             self._told.add(kind)
             logger.warning("MLflow: %s: %s. The study goes on.", kind, first_line(error)[:200])
         try:
-            self._ping()
+            self._recover()
         except Exception:  # no answer: the entry need not be at fault
             self._attempts = 0
         else:

@@ -11,8 +11,9 @@ from raysv.search.cards import TRIAL_KIND
 from raysv.search.confirmation import CONFIRMATION_FILE
 from raysv.search.mlflow_store import KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
 from raysv.search.page import REPORT_FILE, Report, make_report
-from raysv.search.runs import BEST, BEST_TRIAL
+from raysv.search.runs import BEST_TRIAL
 from raysv.search.stages import EXPERIMENT
+from raysv.search.standings import BEST
 from raysv.search.study import BEST_FILE, Study, started
 from raysv.search.wording import first_line
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from raysv.search.cards import TRIAL_KIND, StudyCard, TrialCard
 from raysv.search.figures import det_figure, read_det
 from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
 from raysv.search.results import METRIC, TIME, metrics_by_epoch
+from raysv.search.standings import BEST, OUTCOME, Ended, Standings
 from raysv.search.study import SPACE_FILE, started
 from raysv.search.wording import markdown, show_value
 
-OUTCOME, ERROR, BEST, BEST_TRIAL = "raysv.outcome", "raysv.error", "raysv.best", "raysv.best_trial"  # tags
+ERROR, BEST_TRIAL = "raysv.error", "raysv.best_trial"  # tags
 CHECKPOINT, COMPUTED = "raysv.checkpoint", "raysv.computed"  # the best one's folder; device and format
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "error": "FAILED"}  # KILLED would show the same cross as FAILED
 NOT_UPLOADED = (TRAINING_STATE, SCORES)  # large, and only needed to go on training where the checkpoint lies
@@ -48,41 +48,29 @@ class _Known:
     checkpoints: list[tuple[float, str]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """A trial that ended, as MLflow holds it.
-
-    Attributes:
-        searched: what it tried, by dotted key, as shown.
-        best: whether its run has the tag of the best.
-    """
-
-    run_id: str
-    trial_id: str
-    name: str
-    outcome: str
-    eer: float
-    searched: dict[str, str]
-    best: bool = False
-
-
 class StudyRuns:
-    """A study's runs in MLflow. Everything may be done twice and leaves MLflow as if done once."""
+    """A study's runs in MLflow. Everything may be done twice, with `recover` in between where it failed, and leaves
+    MLflow as if done once.
+    """
 
     def __init__(self, card: StudyCard) -> None:
         self._card = card
         self._tags: dict[str, str] = {}
         self._trials: dict[str, _Known] = {}
-        self._ended: dict[str, _Ended] | None = None  # by the trial's id; None: not looked up yet
+        self._standings: Standings | None = None  # None: to be looked up
         self._summary: dict[str, float] = {}
         self._hours_before, self._since = 0.0, time.monotonic()
 
-    @property
+    @cached_property
     def _client(self) -> MlflowClient:
         return connect(self._card.tracking_uri)
 
-    def ping(self) -> None:
-        """Ask MLflow for anything."""
+    def recover(self) -> None:
+        """Rely on nothing remembered: an entry failed, of which only the reply may be lost, or somebody removed a run.
+
+        Raises: whatever MLflow's client does when there is no answer.
+        """
+        self._trials, self._standings, self._summary = {}, None, {}
         self._client.search_experiments(max_results=1)
 
     def open(self) -> None:
@@ -101,29 +89,29 @@ class StudyRuns:
     def start(self, card: TrialCard) -> None:
         """The run of a trial that starts, or starts again: its configuration, and no outcome yet."""
         known = self._known(card)
-        if self._ended:
-            self._ended.pop(card.trial_id, None)
-        tree = with_values(self._card.base, card.values)
-        values = flatten(tree) | (self._card.resolve(tree) if self._card.resolve else {})
+        self._look_up().ended.pop(card.trial_id, None)
+        tree, values = self._resolved(card)
         params = [Param(key, show_value(values[key], PARAM_DIGITS)) for key in values if key not in known.params]
         for first in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(known.run_id, params=params[first : first + MOST_PARAMS])
+        known.params |= {param.key for param in params}
         header = f"{card.name} ({card.trial_id}) of {self._card.name}"
         self._client.log_text(known.run_id, dump_yaml(tree | {"resources": self._card.resources}, header), CONFIG_FILE)
         own = {OUTCOME: "running", ERROR: ""} | ({"raysv.seed": str(values[SEED])} if SEED in values else {})
         self._client.log_batch(known.run_id, tags=_run_tags(self._tags | own))
         self._client.update_run(known.run_id, status="RUNNING")
 
+    def _resolved(self, card: TrialCard) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A trial's full tree, and the same by dotted keys with what it comes to."""
+        tree = with_values(self._card.base, card.values)
+        return tree, flatten(tree) | (self._card.resolve(tree) if self._card.resolve else {})
+
     def add_result(self, card: TrialCard, result: Mapping[str, Any]) -> None:
         """The metrics of an epoch, and of epochs before it that were trained while no driver listened."""
         known, epochs, now = self._known(card), metrics_by_epoch(result), int(1000 * time.time())
         for step in sorted(epochs.keys() - known.curve.keys()):
             metrics = [Metric(key, value, now, step) for key, value in epochs[step].items()]
-            try:
-                self._client.log_batch(known.run_id, metrics=metrics)
-            except Exception:
-                del self._trials[card.trial_id]  # only the reply may be lost: look it up before trying again
-                raise
+            self._client.log_batch(known.run_id, metrics=metrics)
             known.curve[step] = epochs[step].get(METRIC, math.inf)
         folder = str(result.get("checkpoint_path") or "")
         if folder and METRIC in result:
@@ -137,12 +125,11 @@ class StudyRuns:
         known = self._known(card)
         self._client.log_batch(known.run_id, tags=_run_tags({OUTCOME: end, ERROR: reason[:5000]}))
         self._client.set_terminated(known.run_id, STATUS[end])
-        if self._ended is not None:
-            last = known.curve[max(known.curve)] if known.curve else math.inf
-            tree = flatten(with_values(self._card.base, card.values))
-            searched = {key: show_value(tree[key], PARAM_DIGITS) for key in self._card.searched if key in tree}
-            name = card.name.split()[0]
-            self._ended[card.trial_id] = _Ended(known.run_id, card.trial_id, name, end, last, searched)
+        last = known.curve[max(known.curve)] if known.curve else math.inf
+        _, values = self._resolved(card)
+        searched = {key: show_value(values[key], PARAM_DIGITS) for key in self._card.searched if key in values}
+        name = card.name.split()[0]
+        self._look_up().ended[card.trial_id] = Ended(known.run_id, card.trial_id, name, end, last, searched)
 
     def upload(self, card: TrialCard, report: Path | None = None) -> None:
         """The files of a trial that ended: best checkpoint, DET curve, and the report of an error.
@@ -162,49 +149,25 @@ class StudyRuns:
         """How the search stands, on the study's run: counts and the best EER over time, a table of the best trials."""
         if self._card.kind != TRIAL_KIND:
             return
-        ended = self._all_ended()
-        ends = Counter(trial.outcome for trial in ended.values())
-        complete = (trial for trial in ended.values() if trial.outcome == "complete" and math.isfinite(trial.eer))
-        ranked = heapq.nsmallest(RANKED, complete, key=lambda trial: trial.eer)
-        values = {f"trials_{end}": float(ends[end]) for end in STATUS}
+        standings = self._look_up()
+        counts, ranked = standings.counts(), standings.ranked(RANKED)
+        values = {f"trials_{end}": float(count) for end, count in counts.items()}
         tags = {"mlflow.note.content": self._note(ranked)}
         if ranked:
             values["best_eer"] = ranked[0].eer
             tags[BEST_TRIAL] = ranked[0].trial_id
         if values == self._summary:
             return
-        now, step = int(1000 * time.time()), sum(ends[end] for end in STATUS)
+        now, step = int(1000 * time.time()), sum(counts.values())
         hours = self._hours_before + (time.monotonic() - self._since) / 3600
         metrics = [Metric(key, value, now, step) for key, value in (values | {"hours": hours}).items()]
         self._client.log_batch(self._parent, metrics=metrics, tags=_run_tags(tags))
-        for trial in [trial for trial in ended.values() if trial.best and trial not in ranked[:1]]:
-            self._client.delete_tag(trial.run_id, BEST)
-            ended[trial.trial_id] = replace(trial, best=False)
-        for trial in ranked[:1]:
-            self._client.set_tag(trial.run_id, BEST, "true")
-            ended[trial.trial_id] = replace(trial, best=True)
-        self._summary = values
-
-    def _all_ended(self) -> dict[str, _Ended]:
-        """What trials came to: looked up once, what this driver writes is added as it does.
-
-        Looking it up at the end of each trial would take a study's driver longer and longer.
-        """
-        if self._ended is None:
-            self._ended = {
-                run.data.tags[TRIAL]: _Ended(
-                    run.info.run_id,
-                    run.data.tags[TRIAL],
-                    run.info.run_name.split()[0],
-                    run.data.tags[OUTCOME],
-                    run.data.metrics.get(METRIC, math.inf),
-                    {key: run.data.params.get(key, "") for key in self._card.searched},
-                    BEST in run.data.tags,
-                )
-                for run in self._search({KIND: TRIAL_KIND})
-                if run.data.tags.get(OUTCOME) in STATUS
-            }
-        return self._ended
+        best = {trial.run_id for trial in ranked[:1]}
+        for run_id in standings.marked - best:
+            self._client.delete_tag(run_id, BEST)
+        for run_id in best - standings.marked:
+            self._client.set_tag(run_id, BEST, "true")
+        standings.marked, self._summary = best, values
 
     def close(self, trial_ids: Iterable[str]) -> None:
         """The end of a driver: trials it leaves unfinished are KILLED, those that Tune has forgotten are removed.
@@ -218,17 +181,19 @@ class StudyRuns:
                 self._client.set_terminated(run.info.run_id, "KILLED")
             else:
                 self._client.delete_run(run.info.run_id)  # MLflow keeps it in its trash
-        self.summarise()
         self._client.set_terminated(self._parent, "KILLED" if unfinished else "FINISHED")
 
     def _known(self, card: TrialCard) -> _Known:
         """A trial's run, found by the trial's id or made, and what it holds."""
         if card.trial_id not in self._trials:
-            tags = {KIND: self._card.kind, TRIAL: card.trial_id}
-            run = self._find(tags) or self._create(
-                card.name, {"mlflow.parentRunId": self._parent, OUTCOME: "running"} | tags
-            )
-            curve = self._client.get_metric_history(run.info.run_id, METRIC)
+            run_ids = self._look_up().run_ids
+            if card.trial_id in run_ids:
+                run = self._client.get_run(run_ids[card.trial_id])
+                curve = self._client.get_metric_history(run.info.run_id, METRIC)
+            else:
+                tags = {KIND: self._card.kind, TRIAL: card.trial_id}
+                run = self._create(card.name, {"mlflow.parentRunId": self._parent, OUTCOME: "running"} | tags)
+                curve, run_ids[card.trial_id] = [], run.info.run_id
             best = run.data.tags.get(CHECKPOINT)
             self._trials[card.trial_id] = _Known(
                 run.info.run_id,
@@ -237,6 +202,12 @@ class StudyRuns:
                 checkpoints=[(min(point.value for point in curve), best)] if best and curve else [],
             )
         return self._trials[card.trial_id]
+
+    def _look_up(self) -> Standings:
+        """This study's trials in MLflow: asked for once, as long as no entry fails."""
+        if self._standings is None:
+            self._standings = Standings(self._search({KIND: self._card.kind}), self._card.searched)
+        return self._standings
 
     @property
     def _of_study(self) -> dict[str, str]:
@@ -260,7 +231,7 @@ class StudyRuns:
         if (folder / "det.csv").is_file():
             self._client.log_figure(run_id, det_figure({name: read_det(folder / "det.csv")}), "det.png")
 
-    def _note(self, best: list[_Ended]) -> str:
+    def _note(self, best: list[Ended]) -> str:
         """What the study searches, and its best trials if there are any."""
         keys = self._card.searched
         rows = [

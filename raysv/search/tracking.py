@@ -35,7 +35,7 @@ class MLflowTracking(Callback):
 
     def _open(self) -> None:
         self._runs = StudyRuns(self._card)
-        self._outbox = Outbox(self._runs.ping)
+        self._outbox = Outbox(self._runs.recover)
 
     def setup(self, *args: Any, **info: Any) -> None:
         """Find or make the study's run.
@@ -68,6 +68,7 @@ class MLflowTracking(Callback):
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Close what is still open, and say so if something could not be written."""
         self._outbox.put(partial(self._runs.close, [trial.trial_id for trial in trials]))
+        self._outbox.put(self._runs.summarise)
         self._outbox.empty()
 
     def _finish(self, trial: Any, end: str, reason: str, report: Path | None = None) -> None:

@@ -151,7 +151,8 @@ def _conclude(folder: Path, corpus: Corpus) -> None:
     if study.unfinished:
         return
     try:
-        write_confirmation(conclude(study.space, study.candidates, study.confirming, corpus.dev), folder)
+        confirmation = conclude(study.space, study.candidates, study.confirming, corpus.dev, len(study.trials))
+        write_confirmation(confirmation, folder)
     except (OSError, ValueError) as error:
         note_start(folder, inconclusive=str(error))
         print(f"{error} The best trial of the search counts.", flush=True)
