@@ -81,6 +81,9 @@ class DataConfig(Section):
     babble: str = knob("", "speech clips for babble, given like noise; empty: other training speakers babble")
     rir: str = knob("rir.csv", "room impulse responses, given like noise")
     cache: str = knob("", "folder of the decoded waveforms; empty: $RAYSV_CACHE or ~/.cache/raysv")
+    outside_root: bool = knob(
+        False, "whether lists may name recordings outside `root`, by absolute paths or `..`; links are followed anyway"
+    )
     skip_bad_audio: bool = knob(False, "leave out unusable recordings instead of refusing to start")
     loader_workers: int | None = knob(
         None, "processes that read audio ahead, per worker; none given: 4 beside a GPU, otherwise 0", 0
@@ -311,6 +314,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             values[key.strip()] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"--set {setting}: the value is not valid YAML: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"--set {setting[:80]}: the value is nested too deeply.") from error
     return values
 
 
@@ -325,6 +330,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply.") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping of sections, such as `loss: {{margin: 0.2}}`.")
     return {key: _expand(value, f"{path}: {key}") for key, value in tree.items()}
@@ -342,7 +349,16 @@ def dump_yaml(tree: dict[str, Any], header: str = "") -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2, and no key hides another of the same name."""
+    """YAML in which 1e-3 is a number, as in YAML 1.2, and no key hides another of the same name.
+
+    Nor are there aliases (`*name`), by which a few lines can stand for more than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(problem="an alias; write out what it stands for", problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -355,7 +371,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts a text such as 1e3 between quotes, as `_Loader` would read a number."""
+    """Puts a text such as 1e3 between quotes, as `_Loader` would read a number; and uses no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 for kind in (_Loader, _Dumper):

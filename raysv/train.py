@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"raysv.train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped at once. What was computed is kept; --resume goes on with a run that had begun.")
+        return 130
 
 
 def _train(chosen: argparse.Namespace) -> int:

@@ -79,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"raysv.tune: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped at once. What was computed is kept; --resume goes on with a study that had begun.")
+        return 130
 
 
 def _tune(chosen: argparse.Namespace) -> int:

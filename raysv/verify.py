@@ -26,6 +26,7 @@ import torch
 from raysv.config import DataConfig
 from raysv.corpus.audio import BadAudio, floating, read_audio
 from raysv.corpus.cache import cache_folder
+from raysv.corpus.checks import refuse_outside
 from raysv.corpus.loading import load_pairs
 from raysv.corpus.utterances import Utterance, read_utterances
 from raysv.learning.checkpoint import describe_checkpoint, load_encoder
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         "inputs", nargs="+", type=Path, metavar="RECORDING|PAIRS", help="two recordings, or a pair list"
     )
     parser.add_argument("--root", type=Path, help="folder that a pair list's paths are relative to (default: its own)")
+    parser.add_argument("--outside-root", action="store_true", help="lists may name recordings outside --root")
     parser.add_argument(
         "--utterances", nargs="+", default=[], help="lists, below --root, that say where the pairs' recordings are"
     )
@@ -107,8 +109,21 @@ def _verify_list(chosen: argparse.Namespace) -> None:
     root = (chosen.root or pairs_file.parent).expanduser().absolute()
     cache = cache_folder(DataConfig())
     lists = {file: read_utterances(file, root) for file in {chosen.centre, chosen.cohort} - {None}}
+    if not chosen.outside_root:
+        for file, utterances in lists.items():
+            refuse_outside(
+                (spoken.path for spoken in utterances), root, f"Mend {file} or --root; --outside-root allows it."
+            )
     apart = {f"--{option} {file}": lists[file] for option in ("cohort", "centre") if (file := getattr(chosen, option))}
-    pairs, listed = load_pairs(pairs_file, root, cache, chosen.utterances, chosen.enrolments, apart=apart)
+    pairs, listed = load_pairs(
+        pairs_file,
+        root,
+        cache,
+        chosen.utterances,
+        chosen.enrolments,
+        apart=apart,
+        outside_root=chosen.outside_root,
+    )
     mean, cohort = _populations(encoder, chosen, lists, cache)
     result = evaluate(encoder, pairs, cohort, chosen.top, mean=mean, generator=np.random.default_rng(0))
     target = chosen.scores or pairs_file.with_name(f"{pairs_file.name}.scores")

@@ -104,6 +104,16 @@ def test_half_a_flac_file_is_called_unreadable(tmp_path):
     assert refused(path).startswith("it cannot be read as audio")
 
 
+def test_a_header_that_tells_of_days_is_refused_before_anything_is_decoded(tmp_path):
+    soundfile.write(tmp_path / "a.flac", np.zeros(1000), SAMPLE_RATE)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    assert content[:4] == b"fLaC"
+    content[21] = content[21] & 0xF0 | 0x0F  # the upper bits of the number of samples
+    (tmp_path / "a.flac").write_bytes(content)
+    with pytest.raises(BadAudio, match=r"tells of 6\d{10} samples in 1 channels, more than the 200 million"):
+        read_audio(tmp_path / "a.flac")
+
+
 def test_a_header_without_samples_is_called_empty(tmp_path):
     assert refused(write(tmp_path / "a.wav", np.zeros(0, np.int16))) == "it has no samples"
 

@@ -3,7 +3,6 @@ import json
 import shutil
 import textwrap
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from learning_fixtures import tiny_config
 from raysv.config import config_to_dict
 from raysv.learning.checkpoint import (
     describe_checkpoint,
-    keep_checkpoint,
-    latest_checkpoint,
     load_encoder,
     load_training_state,
 )
@@ -177,67 +174,3 @@ def test_a_damaged_description_is_named(checkpoint, text, message):
     (checkpoint / "checkpoint.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"checkpoint\.yaml.*{message}"):
         load_encoder(checkpoint)
-
-
-def written(folder, eers):
-    """What of a checkpoint tells how far it is and how good."""
-    folder.mkdir()
-    lines = [json.dumps({"epoch": epoch, "dev/eer": eer}) + "\n" for epoch, eer in enumerate(eers, 1)]
-    (folder / "metrics.jsonl").write_text("".join(lines))
-    return folder
-
-
-def kept_after(tmp_path, eers):
-    """The names of what is kept after each of the epochs."""
-    names = []
-    for epoch in range(1, len(eers) + 1):
-        place = keep_checkpoint(written(tmp_path / f"new-{epoch}", eers[:epoch]), tmp_path / "kept")
-        assert place == latest_checkpoint(tmp_path / "kept") == tmp_path / "kept" / f"epoch-{epoch:04d}"
-        names.append(sorted(int(folder.name[-4:]) for folder in (tmp_path / "kept").iterdir()))
-    return names
-
-
-def test_the_latest_checkpoint_and_that_of_the_lowest_error_rate_are_kept(tmp_path):
-    assert kept_after(tmp_path, [0.4, 0.2, 0.3, 0.25, 0.1]) == [[1], [2], [2, 3], [2, 4], [5]]
-
-
-def test_a_checkpoint_of_which_only_a_part_was_copied_does_not_count(tmp_path):
-    kept_after(tmp_path, [0.4, 0.3])
-    shutil.copytree(tmp_path / "kept" / "epoch-0002", tmp_path / "kept" / "epoch-0003.partial")
-    assert latest_checkpoint(tmp_path / "kept").name == "epoch-0002"
-    keep_checkpoint(written(tmp_path / "new-3", [0.4, 0.3, 0.2]), tmp_path / "kept")
-    assert [folder.name for folder in (tmp_path / "kept").iterdir()] == ["epoch-0003"]
-
-
-def test_a_kept_checkpoint_that_is_kept_again_stays_where_it_is(tmp_path):
-    kept_after(tmp_path, [0.4])
-    place = tmp_path / "kept" / "epoch-0001"
-    assert keep_checkpoint(place, tmp_path / "kept") == place
-    assert (place / "metrics.jsonl").is_file()
-
-
-def test_a_checkpoint_that_another_process_kept_meanwhile_stays(tmp_path):
-    """Two processes train one trial for a moment, when one was orphaned by a kill."""
-    kept_after(tmp_path, [0.4, 0.3])
-    marked = tmp_path / "kept" / "epoch-0002" / "mark"
-    marked.touch()
-    place = keep_checkpoint(written(tmp_path / "again", [0.4, 0.3]), tmp_path / "kept")
-    assert place == marked.parent and marked.exists()
-    assert [folder.name for folder in (tmp_path / "kept").iterdir()] == ["epoch-0002"]
-
-
-def test_a_checkpoint_that_cannot_be_moved_into_place_costs_no_other(tmp_path, monkeypatch):
-    kept_after(tmp_path, [0.4])
-    new = written(tmp_path / "new-2", [0.4, 0.3])
-
-    def refuse(self, target):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="no space left"):
-        keep_checkpoint(new, tmp_path / "kept")
-    assert latest_checkpoint(tmp_path / "kept").name == "epoch-0001"
-
-
-def test_before_the_first_epoch_there_is_no_checkpoint(tmp_path):
-    assert latest_checkpoint(tmp_path / "kept") is None

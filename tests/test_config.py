@@ -257,6 +257,8 @@ def test_a_variable_that_is_not_set_is_named_with_file_and_key(tmp_path, monkeyp
             "loss: {margin: 0.2}\nbatch: {}\nloss: {scale: 32}\n",
             r"c\.yaml is not valid YAML.*loss is there twice.*line 3",
         ),
+        ("loss: &all {margin: 0.2}\nmodel: *all", r"c\.yaml is not valid YAML.*an alias; write out.*line 2"),
+        ("loss: " + 5000 * "[" + 5000 * "]", r"c\.yaml is nested too deeply"),
         ("loss:\n  scale: 1\n  scale: 2\n", r"c\.yaml is not valid YAML.*scale is there twice.*line 3"),
         ("", r"c\.yaml must hold a mapping of sections"),
         ("- loss", r"c\.yaml must hold a mapping of sections"),

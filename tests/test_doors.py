@@ -1,89 +1,26 @@
 """The doors as a user opens them: as files, from another folder, with real Ray, MLflow and killed processes."""
 
-import csv
 import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from desk_fixtures import (
+    EPOCHS,
+    SOURCE,
+    TRIALS,
+    Desk,
+    kill_when_it_says,
+    printed_until,
+    processes_of,
+    trials_of,
+)
 from mlflow import MlflowClient
-
-SOURCE = Path(__file__).parent.parent
-TRIALS, EPOCHS = 4, 3
-SPACE = {
-    "batch": {"speakers": 12, "crop_seconds": 0.6},
-    "model": {"channels": 16, "embedding_dim": 32},
-    "loss": {"margin": {"uniform": [0.0, 0.5]}, "temperature": {"loguniform": [0.03, 0.5]}},
-    "optimizer": {"learning_rate": 3e-3},
-    "training": {"epochs": EPOCHS},
-    "search": {"trials": TRIALS, "confirm": 0},
-}
-
-
-class Desk:
-    """A folder of its own to work in, with doors copied there as `ray submit` copies them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = os.environ | {
-            "RAYSV_CACHE": str(folder / "cache"),
-            "RAY_ADDRESS": "local",  # a private instance, whatever else runs on this machine
-            "MLFLOW_TRACKING_URI": "",
-        }
-        for door in ("tune", "train", "verify", "report"):
-            shutil.copy(SOURCE / "raysv" / f"{door}.py", folder)
-        (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
-
-    def open(self, *command: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, *command: str, status: int = 0) -> str:
-        process = self.open(*command)
-        printed, _ = process.communicate(timeout=400)
-        assert process.returncode == status, printed
-        return printed
-
-
-def printed_until(process: subprocess.Popen[str], words: str) -> str:
-    """What a process prints up to the line that holds some words."""
-    printed = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        printed += line
-        if words in line:
-            return printed
-    process.stdout.close()
-    process.wait()
-    raise AssertionError(f"It ended without saying {words!r}:\n{printed}")
-
-
-def kill_when_it_says(driver: subprocess.Popen[str], words: str) -> None:
-    """Kill a driver in the middle of its work."""
-    printed_until(driver, words)
-    driver.kill()
-    driver.wait()
-    assert driver.stdout is not None
-    driver.stdout.close()
-    time.sleep(5)  # its workers notice, and end
-
-
-def trials_of(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +200,34 @@ def test_a_study_that_is_interrupted_says_how_to_go_on(desk: Desk) -> None:
 
 
 @pytest.mark.slow
+def test_a_second_interruption_stops_at_once_and_the_study_goes_on_all_the_same(desk: Desk) -> None:
+    driver = desk.open("tune.py", "space.yaml", "--name", "stopped", "--set", "search.trials=2")
+    printed_until(driver, f"epoch 1/{EPOCHS}")
+    driver.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    driver.send_signal(signal.SIGINT)
+    words, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130, words
+    assert "--resume" in words and "Traceback" not in words
+    desk.run("tune.py", "--resume", "stopped")
+    assert [trial["outcome"] for trial in trials_of(desk.folder / "results" / "stopped")].count("unfinished") == 0
+
+
+@pytest.mark.slow
+def test_a_fault_of_every_trial_stops_the_study_and_names_the_cause(desk: Desk) -> None:
+    folder = desk.folder / "results" / "faulty"
+    folder.mkdir(parents=True)
+    (folder / "trials").touch()  # no checkpoint can be kept below a file
+    words = desk.run("tune.py", "space.yaml", "--name", "faulty", "--set", "search.trials=8", status=130)
+    assert "Stopping: 3 trials in a row died of the same cause" in words
+    assert "The checkpoint of epoch 1 cannot be kept in" in words
+    assert [trial["outcome"] for trial in trials_of(folder)].count("error") < 8
+    (folder / "trials").unlink()
+    desk.run("tune.py", "--resume", "faulty")
+    assert {trial["outcome"] for trial in trials_of(folder)} <= {"complete", "pruned"}
+
+
+@pytest.mark.slow
 def test_trials_that_diverge_end_as_errors_with_the_reason(desk: Desk) -> None:
     settings = ["search.trials=2", "optimizer.learning_rate=1e30", "optimizer.warmup_epochs=0", "training.epochs=1"]
     options = [part for setting in settings for part in ("--set", setting)]
@@ -283,12 +248,6 @@ def test_two_workers_learn_from_real_speech(desk: Desk) -> None:
     (trial,) = trials_of(desk.folder / "results" / "speech")
     assert trial["outcome"] == "complete"
     assert float(trial["dev_eer"]) < 0.25
-
-
-def processes_of(driver: subprocess.Popen[str], name: str) -> set[int]:
-    """The Ray processes below a driver that say they are so."""
-    below = psutil.Process(driver.pid).children(recursive=True)
-    return {process.pid for process in below if name in " ".join(process.cmdline())}
 
 
 @pytest.mark.slow

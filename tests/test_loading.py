@@ -163,6 +163,22 @@ def test_test_lists_are_checked_even_where_they_are_not_decoded(tiny_corpus):
     assert "test_pairs.txt names 1 recordings that no manifest lists" in refused(tiny_corpus)
 
 
+@pytest.mark.parametrize("spelled", ["../{0}/{1}", "{2}"])
+@pytest.mark.parametrize("listed", ["train.csv", "dev.csv", "noise.csv"])
+def test_recordings_outside_the_root_are_refused_unless_they_are_allowed(tiny_corpus, tmp_path, listed, spelled):
+    outside = tmp_path / "elsewhere" / "a.wav"
+    write_audio(outside, read_audio(tiny_corpus / dev(tiny_corpus)[0]) / 32768)
+    name = spelled.format("elsewhere", "a.wav", outside)
+    if listed == "dev.csv":
+        append(tiny_corpus / "dev.csv", f"dev-0,{name}")
+        append(tiny_corpus / "dev_pairs.txt", f"1 {dev(tiny_corpus)[0]} {name}")
+    else:
+        append(tiny_corpus / listed, name if listed == "noise.csv" else f"new,{name}")
+    noisy = AugmentConfig(strength=0.5, kinds=["noise"])
+    assert "outside" in (told := refused(tiny_corpus, noisy)) and "data.outside_root" in told
+    load(tiny_corpus, noisy, outside_root=True)
+
+
 def test_one_name_for_two_recordings_or_speakers_is_refused_across_manifests(tiny_corpus):
     key, ids = dev(tiny_corpus)[0], kaldi(tiny_corpus, "dev")
     text(tiny_corpus / "same.csv", "speaker,path", f"dev-0,{key}")

@@ -27,6 +27,13 @@ def test_an_address_without_mlflow_is_an_error_that_names_it(address: str) -> No
         mlflow_store.check(address)
 
 
+@pytest.mark.parametrize("uri", ["https://me:hidden@mlflow.example/", "postgresql://me:hidden@db.example/mlflow"])
+def test_an_address_with_a_password_is_refused_and_the_password_not_repeated(uri: str) -> None:
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        mlflow_store.check(uri)
+    assert "hidden" not in str(caught.value)
+
+
 def test_the_default_is_a_file_in_the_folder_unless_the_environment_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

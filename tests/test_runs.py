@@ -23,7 +23,7 @@ from mlflow_fixtures import (
 )
 
 from raysv.config import read_yaml
-from raysv.learning.checkpoint import keep_checkpoint
+from raysv.learning.keeping import keep_checkpoint
 from raysv.search import outbox
 from raysv.search.results import METRIC
 from raysv.search.study import note_start

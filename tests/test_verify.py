@@ -137,7 +137,10 @@ def test_trials_of_kaldi_are_verified_by_the_ids_of_utterances(run, root, checkp
     (tmp_path / "wav.scp").write_text("".join(f"{ids[item.key]} {item.path}\n" for item in spoken))
     (tmp_path / "utt2spk").write_text("".join(f"{ids[item.key]} {item.speaker}\n" for item in spoken))
     write_pairs((VerificationPair(ids[a], ids[b], same) for a, b, same in map(astuple, pairs)), tmp_path / "trials")
-    status, out, error = run(checkpoint, tmp_path / "trials", "--utterances", tmp_path, "--scores", tmp_path / "by_id")
+    command = (checkpoint, tmp_path / "trials", "--utterances", tmp_path, "--scores", tmp_path / "by_id")
+    status, out, error = run(*command)
+    assert status == 2 and "--outside-root allows it" in error
+    status, out, error = run(*command, "--outside-root")
     assert (status, error) == (0, "")
     assert "190 pairs of 20 recordings" in out
     run(checkpoint, root / "dev_pairs.txt", "--scores", tmp_path / "by_path")

@@ -16,6 +16,8 @@ from raysv.config import SAMPLE_RATE
 FULL_SCALE = 32768  # int16 samples divided by it lie in [-1, 1)
 SMALLEST_DIVISOR = 10  # Hz, of a rate and 16 kHz together: the resampler's filters for 44101 Hz would take gigabytes
 
+MOST_SAMPLES = 200_000_000  # all channels together: three hours and a half at 16 kHz, 0.8 GB while it is decoded
+
 Waveform = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float32]
 
@@ -29,11 +31,12 @@ def read_audio(path: Path) -> Waveform:
 
     Returns: `(samples,)` int16; exactly the file's own samples where it holds 16-bit audio at 16 kHz.
     Raises: BadAudio for a file that is missing, unreadable, empty, silent, has samples that are not finite, or a rate
-        that 16 kHz cannot be made of.
+        that 16 kHz cannot be made of, or for one too long.
     """
     try:
         if not path.is_file():
             raise BadAudio("there is no such file")
+        _refuse_giant(path)
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: a name that ends in .raw
         raise BadAudio(f"it cannot be read as audio ({error})") from error
@@ -49,6 +52,16 @@ def read_audio(path: Path) -> Waveform:
             raise BadAudio(f"its rate of {rate} Hz has no simple ratio to {SAMPLE_RATE} Hz; convert it")
         channel = torchaudio.functional.resample(torch.from_numpy(channel.copy()), rate, SAMPLE_RATE).numpy()
     return np.clip(np.rint(channel * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+
+
+def _refuse_giant(path: Path) -> None:
+    """By its header alone: a few kilobytes of FLAC can be days of silence, and a header can claim anything."""
+    header = soundfile.info(str(path))
+    if header.frames * header.channels > MOST_SAMPLES:
+        raise BadAudio(
+            f"its header tells of {header.frames} samples in {header.channels} channels, more than the "
+            f"{MOST_SAMPLES / 1e6:g} million that are decoded at once; cut it into shorter recordings"
+        )
 
 
 def floating(waveform: Waveform) -> Floats:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from raysv.corpus.pairlists import PairList
 from raysv.corpus.store import WaveformStore
-from raysv.corpus.utterances import Utterance
+from raysv.corpus.utterances import Utterance, lies_below
 
 SHOWN = 20  # recordings that a message names; the others are counted
 
@@ -42,6 +42,13 @@ def refuse_leak(listed: PairList, where: str, seen: Sequence[Utterance]) -> None
             f"{', ...' if len(leaks) > 10 else ''}. Error rates on them would mean nothing: take "
             "them out of one of the two."
         )
+
+
+def refuse_outside(paths: Iterable[Path], root: Path, remedy: str) -> None:
+    """Refuse recordings that a list names outside the folder of the corpus."""
+    outside = [path for path in dict.fromkeys(paths) if not lies_below(path, root)]
+    if outside:
+        raise ValueError(f"Lists name {len(outside)} recordings outside {root}, first {outside[0]}. {remedy}")
 
 
 def refuse_bad_audio(stores: Mapping[str, WaveformStore], remedy: str) -> None:

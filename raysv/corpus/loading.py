@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from raysv.config import SYNTHETIC, AugmentConfig, DataConfig
 from raysv.corpus.cache import alone, cache_folder
-from raysv.corpus.checks import refuse_bad_audio, refuse_leak, refuse_nothing_left, refuse_unknown
+from raysv.corpus.checks import refuse_bad_audio, refuse_leak, refuse_nothing_left, refuse_outside, refuse_unknown
 from raysv.corpus.groups import Groups
 from raysv.corpus.kept import keep, kept_folder, open_kept
 from raysv.corpus.pairlists import PairList, pair_set, read_pair_list
@@ -39,6 +40,9 @@ def load_corpus(
     train, lists = _read_lists(data, root)
     wanted = ["dev", *(data.test_pairs if tests else [])]
     clips = {kind: _clip_paths(data, kind, root) for kind in _clip_kinds(data, augment)}
+    if not data.outside_root:
+        named = chain((spoken.path for spoken in train), *(listed.paths.values() for listed in lists.values()))
+        refuse_outside(named, root, "Mend the lists or data.root; data.outside_root: true allows it.")
 
     stores = {TRAIN: open_store([spoken.path for spoken in train], cache, progress)}
     stores |= {f"{name} pairs": open_store(list(lists[name].paths.values()), cache, progress) for name in wanted}
@@ -95,6 +99,7 @@ def load_pairs(
     enrolments: Sequence[str] = (),
     *,
     apart: Mapping[str, Sequence[Utterance]] | None = None,
+    outside_root: bool = False,
 ) -> tuple[PairSet, PairColumns]:
     """A pair list of its own, as indices and as it names them.
 
@@ -103,11 +108,14 @@ def load_pairs(
         utterances: manifests or Kaldi folders with the recordings that pairs name otherwise than by their path.
         enrolments: lists of enrolments made of several recordings.
         apart: utterances, by what a message calls them, whose recordings and speakers must not be among the pairs'.
+        outside_root: whether recordings may lie elsewhere than below the root.
 
     Raises: ValueError when a recording is missing, cannot be used or must not be there, OSError when the cache cannot
         be written.
     """
     listed = read_pair_list(pairs, root, _read_known(utterances, root), _read_models(enrolments, root))
+    if not outside_root:
+        refuse_outside(listed.paths.values(), root, "Mend the list or --root; --outside-root allows it.")
     refuse_unknown(listed)
     for where, seen in (apart or {}).items():
         refuse_leak(listed, where, seen)
@@ -175,7 +183,10 @@ def _clip_paths(data: DataConfig, kind: str, root: Path) -> list[Path]:
             f"augment.kinds asks for {kind}, but data.{key} is empty. Set data.{key} to a folder or a CSV of clips, or "
             f"leave {kind} out of augment.kinds."
         )
-    return read_clips(root / source, key, root)
+    clips = read_clips(root / source, key, root)
+    if (root / source).is_file() and not data.outside_root:
+        refuse_outside(clips, root, f"Mend data.{key} or data.root; data.outside_root: true allows it.")
+    return clips
 
 
 def _training_set(train: Sequence[Utterance], store: WaveformStore) -> TrainingSet:

@@ -78,6 +78,11 @@ def written(path: Path, root: Path) -> str:
     return text.removeprefix(prefix)
 
 
+def lies_below(path: Path, root: Path) -> bool:
+    """Whether a path leads to something below a folder as it is spelled; links are not looked at."""
+    return os.path.abspath(path).startswith(os.path.abspath(root).rstrip("/") + "/")
+
+
 class _Form(NamedTuple):
     """A way to write pairs: in which of three columns is what, and what the labels mean."""
 

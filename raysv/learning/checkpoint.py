@@ -12,12 +12,11 @@ dev_scores.npy       their scores, in the order of the list
 from __future__ import annotations
 
 import csv
+import errno
 import json
-import os
 import pickle
 import platform
 import shutil
-import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +57,22 @@ class Standing:
 
 
 def save_checkpoint(folder: Path, standing: Standing, encoder: SpeakerEncoder, training_state: dict[str, Any]) -> None:
-    """Write a checkpoint into an existing folder."""
+    """Write a checkpoint into an existing folder.
+
+    Raises: OSError when there is no room for it.
+    """
+    try:
+        _save(folder, standing, encoder, training_state)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer says of a full disk only that it failed
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"The checkpoint of epoch {len(standing.history)} cannot be written to {folder}, where {free:.0f} MB are "
+            f"free: {(str(error).splitlines() or [''])[0]}. Make room there, or let TMPDIR name another place.",
+        ) from error
+
+
+def _save(folder: Path, standing: Standing, encoder: SpeakerEncoder, training_state: dict[str, Any]) -> None:
     latest = standing.history[-1]
     description = {
         "epoch": latest["epoch"],
@@ -124,7 +138,7 @@ def load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any], l
 
     Raises: ValueError when a file of it is missing or damaged.
     """
-    history = _history(folder)
+    history = read_history(folder)
     _, description = describe_checkpoint(folder)
     if len(history) != description["epoch"]:
         raise ValueError(
@@ -134,54 +148,16 @@ def load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any], l
     return _load(folder / "encoder.pt"), _load(folder / TRAINING_STATE), history
 
 
-def keep_checkpoint(folder: Path, kept: Path) -> Path:
-    """Copy a checkpoint to where those of its run are kept; of the earlier ones, that of the lowest dev EER stays.
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The metrics of every epoch that a checkpoint has seen.
 
-    It is copied aside and moved into place when it is complete, and only then are others removed, so that at every
-    moment a whole one is there.
-
-    Args:
-        kept: the run's own folder; made if need be.
-
-    Returns: where it lies now, `kept/epoch-NNNN`.
+    Raises: ValueError when the file is missing or damaged.
     """
-    history = _history(folder)
-    target = kept / _kept_name(len(history))
-    if folder == target:
-        return target  # what a finished run was resumed from
-    aside = target.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
-    shutil.copytree(folder, aside)
-    for file in aside.iterdir():  # the name must not reach the disk before what it stands for
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    try:
-        aside.rename(target)
-    except OSError:
-        shutil.rmtree(aside)
-        if not target.is_dir():  # if it is: another process, orphaned by a kill, trained the same epoch of the same run
-            raise
-    best = min(history, key=lambda metrics: metrics["dev/eer"])
-    for other in kept.iterdir():
-        if other.name not in (target.name, _kept_name(best["epoch"])):
-            shutil.rmtree(other, ignore_errors=True)
-    return target
-
-
-def latest_checkpoint(kept: Path) -> Path | None:
-    """The checkpoint of the last epoch that `keep_checkpoint` put there."""
-    return max((folder for folder in kept.glob("epoch-*") if folder.suffix != ".partial"), default=None)
-
-
-def _history(folder: Path) -> list[dict[str, float]]:
     file = folder / HISTORY
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}. The checkpoint is incomplete or damaged.") from error
-
-
-def _kept_name(epoch: float) -> str:
-    return f"epoch-{epoch:04.0f}"
 
 
 def versions() -> dict[str, str]:

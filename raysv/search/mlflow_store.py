@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -51,6 +51,12 @@ def check(uri: str) -> None:
 
     Raises: ValueError naming the address and what is wrong with it.
     """
+    if urlsplit(uri).password is not None:
+        raise ValueError(
+            f"MLflow's address holds a password ({_without_password(uri)}), and addresses are printed and kept with a "
+            "study. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server; for a database use what "
+            "its client reads, such as PGPASSFILE."
+        )
     try:
         if uri.startswith(("http://", "https://")):
             _knock(f"{uri.rstrip('/')}/health")
@@ -62,6 +68,11 @@ def check(uri: str) -> None:
             f"MLflow cannot be used at {uri}: {first_line(error)}. Start the server, correct the address, or "
             "unset MLFLOW_TRACKING_URI to write to an SQLite file beside the study."
         ) from error
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":...@")
 
 
 def experiment_id(uri: str, name: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from ray.tune import Callback
 
-from raysv.learning.checkpoint import latest_checkpoint
+from raysv.learning.keeping import latest_checkpoint
 from raysv.search.cards import CONFIRMING, LETTERS, TRIAL_KIND
-from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
+from raysv.search.results import METRIC, NOTICE, TIME, error_in, outcome, trial_name
 from raysv.search.wording import describe_values, duration
 
 WORDS = {TRIAL_KIND: "trials", CONFIRMING: "confirming runs"}
@@ -56,6 +56,8 @@ class Progress(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
         """A line with the error rate after an epoch."""
+        if result.get(NOTICE):
+            self._say(trial, result[NOTICE])
         if METRIC not in result or result.get("failure"):
             return
         now, before = time.monotonic(), self._running.get(trial.trial_id)

@@ -13,6 +13,7 @@ from raysv.learning.checkpoint import HISTORY
 
 METRIC = "dev/eer"  # what a search minimises, a fraction; 0.5 is chance
 SECOND = {"min_dcf": "dev/min_dcf_0.01", "cost": "speed/epoch_seconds"}  # what may be minimised beside it
+NOTICE = "notice"  # a sentence in a result: what its trial met with and mended
 TIME = "epoch"  # its time axis, from 1; Tune's training_iteration restarts at 1 whenever a trial is resumed
 BOOKKEEPING = {  # Tune's own numbers in a result; time_total_s is kept
     *("training_iteration", "iterations_since_restore", "time_this_iter_s", "time_since_restore"),

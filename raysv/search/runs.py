@@ -18,13 +18,14 @@ from raysv.learning.checkpoint import SCORES, TRAINING_STATE, describe_checkpoin
 from raysv.search.cards import TRIAL_KIND, StudyCard, TrialCard
 from raysv.search.figures import det_figure, read_det
 from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
-from raysv.search.results import METRIC, TIME, metrics_by_epoch
+from raysv.search.results import METRIC, NOTICE, TIME, metrics_by_epoch
 from raysv.search.standings import BEST, OUTCOME, Ended, Standings
 from raysv.search.study import SPACE_FILE, started
 from raysv.search.wording import markdown, show_value
 
 ERROR, BEST_TRIAL = "raysv.error", "raysv.best_trial"  # tags
 CHECKPOINT, COMPUTED = "raysv.checkpoint", "raysv.computed"  # the best one's folder; device and format
+NOTICED = "raysv.notice"  # what a trial met with and mended
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "error": "FAILED"}  # KILLED would show the same cross as FAILED
 NOT_UPLOADED = (TRAINING_STATE, SCORES)  # large, and only needed to go on training where the checkpoint lies
 MOST_PARAMS = 100  # that one call may log
@@ -113,6 +114,8 @@ class StudyRuns:
             metrics = [Metric(key, value, now, step) for key, value in epochs[step].items()]
             self._client.log_batch(known.run_id, metrics=metrics)
             known.curve[step] = epochs[step].get(METRIC, math.inf)
+        if result.get(NOTICE):
+            self._client.set_tag(known.run_id, NOTICED, result[NOTICE])
         folder = str(result.get("checkpoint_path") or "")
         if folder and METRIC in result:
             before = (eer for step, eer in known.curve.items() if step < result[TIME])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from raysv.search.cards import CONFIRMING, TRIAL_KIND, StudyCard
 from raysv.search.confirmation import SEED, Candidate, points, seeds
+from raysv.search.faults import CommonFault
 from raysv.search.progress import Progress
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC
@@ -111,15 +113,23 @@ def confirmation_stage(space: Space, folder: Path, chosen: Sequence[Candidate]) 
 
 
 def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_uri: str, *, resume: bool) -> None:
-    """Run a stage to its end, or go on with it."""
+    """Run a stage to its end, or go on with it.
+
+    Raises: KeyboardInterrupt at the second Ctrl-C; the first ends the stage in order.
+    """
     trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
     if resume:
-        ray.tune.Tuner.restore(str(folder / stage.tune_folder), trainable, resume_errored=True).fit()
-        return
-    for remains in stage.fresh:
-        (folder / remains).unlink(missing_ok=True)
-    _forget(folder, stage.study_name)
-    make_tuner(stage, trainable, job.space, folder, concurrent, tracking_uri).fit()
+        tuner = ray.tune.Tuner.restore(str(folder / stage.tune_folder), trainable, resume_errored=True)
+    else:
+        for remains in stage.fresh:
+            (folder / remains).unlink(missing_ok=True)
+        _forget(folder, stage.study_name)
+        tuner = make_tuner(stage, trainable, job.space, folder, concurrent, tracking_uri)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        tuner.fit()
+    finally:  # Tune leaves its handler, to which the next stage's would hand a second Ctrl-C on
+        signal.signal(signal.SIGINT, before)
 
 
 def make_tuner(
@@ -148,6 +158,7 @@ def make_tuner(
             callbacks=[
                 MLflowTracking(_card(stage, space, folder, tracking_uri)),
                 Progress(stage.trials, space.epochs, folder / TRIALS_FOLDER, single=single, kind=stage.kind),
+                CommonFault(),
             ],
             verbose=0,
         ),

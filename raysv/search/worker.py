@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import resource
 import traceback
 import uuid
 from collections.abc import Callable
@@ -14,14 +15,18 @@ import ray
 import ray.exceptions
 import torch
 
-from raysv.config import config_from_dict
-from raysv.distributed import agree, rank
-from raysv.learning.checkpoint import keep_checkpoint, latest_checkpoint
+from raysv.config import Config, config_from_dict
+from raysv.distributed import agree, rank, world_size
+from raysv.learning.keeping import keep_checkpoint, newest_intact
 from raysv.learning.training import DivergedError, Metrics, fit
 from raysv.search.desk import Result, StoppedError, Task
-from raysv.search.results import METRIC, SECOND, TIME
+from raysv.search.results import METRIC, NOTICE, SECOND, TIME
 
 CHANCE = 0.5  # the EER of an encoder that has diverged: it tells speakers apart by guessing
+
+
+class NoRoomError(RuntimeError):
+    """A batch does not fit into the memory of a worker."""
 
 
 def train(task: Task, report: Callable[[Result], None], device: torch.device) -> None:
@@ -36,18 +41,42 @@ def train(task: Task, report: Callable[[Result], None], device: torch.device) ->
     else:
         torch.set_num_threads(task.threads)
     kept = Path(task.kept)
-    latest = agree(latest_checkpoint(kept))
+    latest, notice = agree(newest_intact(kept) if rank() == 0 else (None, ""))
+    told = [{NOTICE: notice}] if notice else []
 
     def keep_and_report(metrics: Metrics, folder: Path | None) -> None:
         checkpoint = {"checkpoint_path": str(keep_checkpoint(folder, kept))} if folder else {}
-        report(metrics | checkpoint)
+        report(metrics | checkpoint | (told.pop() if told else {}))
 
+    config = config_from_dict(task.config)
     try:
-        config, tests, checked = config_from_dict(task.config), task.tests, task.checked
-        fit(config, keep_and_report, device=device, resume=latest, tests=tests, checked=checked)
+        fit(config, keep_and_report, device=device, resume=latest, tests=task.tests, checked=task.checked)
     except DivergedError as error:
         # an answer, not an accident: trying again would diverge again, and the search is to learn from it
         report({TIME: error.epoch, METRIC: CHANCE, SECOND["min_dcf"]: 1.0, "failure": str(error)})
+    except (RuntimeError, MemoryError) as error:
+        if not _ran_out_of_memory(error):
+            raise
+        raise NoRoomError(_no_room(config, device)) from error
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _no_room(config: Config, device: torch.device) -> str:
+    batch = config.batch
+    if device.type == "cuda":
+        peak, room = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        memory = f"{peak / 1e9:.1f} GB were taken at most, of {room / 1e9:.1f} GB of the GPU"
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = f"the process had {peak / 1e9:.1f} GB at most"
+    return (
+        f"Out of memory with a batch of {batch.speakers} speakers × {batch.utterances_per_speaker} utterances × "
+        f"{batch.views} views of {batch.crop_seconds:g} s on {world_size()} worker(s): {memory}. Lower batch.speakers, "
+        "batch.crop_seconds or model.channels, or raise resources.workers."
+    )
 
 
 def train_alone(task: Task, report: Callable[[Result], None], *, gpu: bool) -> None:
@@ -75,7 +104,8 @@ def serve(setup: dict[str, Any]) -> None:
             pass
         except Exception as error:
             # what is wrong with the data or the configuration stays wrong, whoever trains it
-            ray.get(desk.give_up.remote(number, traceback.format_exc(), not isinstance(error, ValueError)))
+            again = not isinstance(error, (ValueError, NoRoomError))
+            ray.get(desk.give_up.remote(number, traceback.format_exc(), again))
             raise  # the other workers wait for this one: Train replaces them all
 
 

@@ -1,0 +1,220 @@
+"""A study of many short trials while something is broken every few seconds; at its end everything must agree.
+
+    python benchmarks/soak.py [--trials 200] [--seed 0] [--folder FOLDER]
+
+The real doors, Ray and an MLflow server, on voices that raysv makes itself. Every few seconds one of these, by chance:
+the process of a trial is killed; MLflow's server is killed, and comes back later; a byte of a checkpoint is turned
+over; the driver is killed, and the study resumed. Then, undisturbed, the study is resumed until it says that it is
+complete. Printed are the faults, the counts in Tune, MLflow and Optuna, and the driver's memory and open files over its
+longest life. Exits with 1 where the counts do not agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import optuna
+import psutil
+import yaml
+
+from raysv.search.mlflow_store import KIND, STUDY, TRIAL, connect, experiment_id, search_runs
+from raysv.search.results import METRIC
+from raysv.search.stages import EXPERIMENT, OPTUNA_FILE
+from raysv.search.study import read_study
+
+NAME, EPOCHS = "soak", 3
+SPACE = {
+    "batch": {"speakers": 12, "crop_seconds": 0.5},
+    "model": {"channels": 8, "embedding_dim": 16},
+    "loss": {"margin": {"uniform": [0.0, 0.5]}, "temperature": {"loguniform": [0.03, 0.5]}},
+    "training": {"epochs": EPOCHS, "precision": "fp32"},
+    "resources": {"gpus_per_worker": 0.0},
+}
+PAUSE = (2.0, 6.0)  # seconds from one fault to the next
+WEIGHTS = {"trial": 6, "checkpoint": 3, "server": 2, "driver": 1}
+
+
+class Soak:
+    """A study, what it runs beside, and what was done to it."""
+
+    def __init__(self, folder: Path, trials: int, seed: int) -> None:
+        self.folder, self.trials, self.chance = folder, trials, random.Random(seed)
+        self.faults: collections.Counter[str] = collections.Counter()
+        self.lives: list[list[tuple[float, float, int]]] = []  # of drivers: seconds, MB, open files
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.port = server.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        (folder / "soak.yaml").write_text(yaml.safe_dump(SPACE | {"search": {"trials": trials, "confirm": 0}}))
+        self.server = self._serve()
+        self.driver = self._drive("soak.yaml", "--name", NAME)
+
+    @property
+    def study(self) -> Path:
+        """Its folder."""
+        return self.folder / "results" / NAME
+
+    def _serve(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "server.log").open("a") as log:
+            server = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with socket.socket() as knock:
+                if knock.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return server
+            time.sleep(0.2)
+        raise SystemExit(f"MLflow's server does not start: {self.folder / 'server.log'}")
+
+    def _drive(self, *arguments: str) -> subprocess.Popen[bytes]:
+        self.lives.append([])
+        self.born = time.monotonic()
+        environment = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "RAY_ADDRESS": "local"}
+        environment |= {"RAYSV_CACHE": str(self.folder / "cache")}
+        command = [sys.executable, "-m", "raysv.tune", *arguments]
+        with (self.folder / "driver.log").open("a") as log:
+            return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
+
+    def look(self) -> None:
+        """Note the driver's memory and open files."""
+        process = psutil.Process(self.driver.pid)
+        files, memory = process.num_fds(), process.memory_info().rss / 1e6
+        self.lives[-1].append((time.monotonic() - self.born, memory, files))
+
+    def disturb(self) -> None:
+        """Break something."""
+        kind = self.chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        if getattr(self, f"_break_{kind}")():
+            self.faults[kind] += 1
+
+    def _break_trial(self) -> bool:
+        below = psutil.Process(self.driver.pid).children(recursive=True)
+        training = [process for process in below if "ImplicitFunc" in " ".join(process.cmdline())]
+        for process in training[:1]:
+            process.kill()
+        return bool(training)
+
+    def _break_checkpoint(self) -> bool:
+        states = sorted(self.study.glob("trials/*/epoch-*/training_state.pt"), key=lambda file: file.stat().st_mtime)
+        for file in states[-1:]:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 0xFF
+            file.write_bytes(content)
+        return bool(states)
+
+    def _break_server(self) -> bool:
+        _kill(self.server.pid)
+        self.server.wait()
+        time.sleep(self.chance.uniform(1, 5))
+        self.server = self._serve()
+        return True
+
+    def _break_driver(self) -> bool:
+        if not (self.study / "space.yaml").is_file():
+            return False
+        self.driver.kill()
+        self.driver.wait()
+        time.sleep(5)  # its workers notice, and end
+        self.driver = self._drive("--resume", NAME)
+        return True
+
+    def run(self) -> None:
+        """Disturb it until the driver ends by itself, and then let it come to its end."""
+        due = time.monotonic() + 20
+        while self.driver.poll() is None:
+            time.sleep(1)
+            try:
+                self.look()
+                if time.monotonic() > due:
+                    self.disturb()
+                    due = time.monotonic() + self.chance.uniform(*PAUSE)
+            except (psutil.NoSuchProcess, FileNotFoundError):
+                continue  # it ended meanwhile
+        for _ in range(3):
+            study = read_study(self.study)
+            if not study.unfinished and not study.broken:
+                break
+            self.driver = self._drive("--resume", NAME)
+            self.driver.wait()
+
+    def agree(self) -> bool:
+        """Print what Tune, MLflow and Optuna hold at the end, and whether they agree."""
+        trials = read_study(self.study).trials
+        client = connect(self.uri)
+        tags = {KIND: "trial", STUDY: NAME}
+        runs = search_runs(client, experiment_id(self.uri, EXPERIMENT), tags)
+        results = {run.data.tags[TRIAL]: len(client.get_metric_history(run.info.run_id, METRIC)) for run in runs}
+        storage = f"sqlite:///{self.study / OPTUNA_FILE}"
+        kept = optuna.load_study(study_name=NAME, storage=storage).get_trials(deepcopy=False)
+        ends = collections.Counter(trial.outcome for trial in trials)
+        in_mlflow = collections.Counter(run.data.tags["raysv.outcome"] for run in runs)
+        in_optuna = collections.Counter(trial.state.name for trial in kept)
+        print(f"faults          {sum(self.faults.values())}: {dict(self.faults)}")
+        print(f"trials in Tune  {len(trials)}: {dict(ends)}")
+        print(f"runs in MLflow  {len(runs)}: {dict(in_mlflow)}")
+        print(f"results         {sum(trial.epoch for trial in trials)} in Tune, {sum(results.values())} in MLflow")
+        print(f"Optuna          {dict(in_optuna)}")
+        return (
+            len(trials) == self.trials == len(results) == len(runs)
+            and all(results[trial.trial_id] == trial.epoch for trial in trials)
+            and in_optuna["COMPLETE"] + in_optuna["PRUNED"] == ends["complete"] + ends["pruned"]
+        )
+
+    def growth(self) -> str:
+        """The driver's memory and open files over its longest life: medians of its first and last quarters."""
+        life = max(self.lives, key=len)
+        quarter = max(len(life) // 4, 1)
+        first, last = ([statistics.median(column) for column in zip(*part, strict=True)] for part in
+                       (life[quarter : 2 * quarter], life[-quarter:]))  # fmt: skip
+        return (
+            f"driver          {len(self.lives)} lives; in the longest, from {first[0]:.0f} to {last[0]:.0f} s, "
+            f"{first[1]:.0f} to {last[1]:.0f} MB and {first[2]:.0f} to {last[2]:.0f} open files"
+        )
+
+
+def _kill(pid: int) -> None:
+    """A process and all below it."""
+    for process in (*psutil.Process(pid).children(recursive=True), psutil.Process(pid)):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def main() -> None:
+    """Soak a study, and tell whether it held."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the faults; their moments depend on the machine too")
+    parser.add_argument("--folder", type=Path, help="to keep what came of it (default: a temporary one)")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="raysv-soak-") as temporary:
+        folder = (chosen.folder or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        soak = Soak(folder, chosen.trials, chosen.seed)
+        try:
+            soak.run()
+            agreed = soak.agree()
+            print(soak.growth())
+            print(f"{(time.monotonic() - started) / 60:.0f} minutes; {'all agree' if agreed else 'NOT in agreement'}")
+        finally:
+            _kill(soak.server.pid)
+            if soak.driver.poll() is None:
+                _kill(soak.driver.pid)
+    sys.exit(not agreed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""What a study survives: real processes, real signals."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from desk_fixtures import EPOCHS, Desk, printed_until, trials_of
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from raysv.search.study import read_study
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    return Desk(tmp_path_factory.mktemp("survival"))
+
+
+def runs_of(uri: str, study: str) -> dict[str, Run]:
+    """A study's trials in MLflow, by the trial's id."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("raysv")
+    assert experiment is not None
+    query = f"tags.`raysv.study` = '{study}' and tags.`raysv.kind` = 'trial'"
+    runs = client.search_runs([experiment.experiment_id], query)
+    assert len({run.data.tags["raysv.trial_id"] for run in runs}) == len(runs), "a trial has two runs"
+    return {run.data.tags["raysv.trial_id"]: run for run in runs}
+
+
+def assert_mlflow_agrees(uri: str, folder: Path) -> None:
+    """Outcomes, error rates and curves of all trials are those that Tune has."""
+    rows, runs, client = trials_of(folder), runs_of(uri, folder.name), MlflowClient(uri)
+    assert runs.keys() == {row["trial_id"] for row in rows}
+    for row in rows:
+        run = runs[row["trial_id"]]
+        assert run.data.tags["raysv.outcome"] == row["outcome"]
+        assert run.data.metrics["dev/eer"] == pytest.approx(float(row["dev_eer"]))
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "dev/eer")]
+        assert steps == list(range(1, int(row["epoch"]) + 1))
+
+
+def test_a_driver_that_is_killed_ten_times_ends_with_the_trials_asked_for(desk: Desk) -> None:
+    wanted, when = 6, random.Random(0)
+    folder, uri = desk.folder / "results" / "often", f"sqlite:///{desk.folder / 'mlflow.db'}"
+    finished: dict[str, tuple[str, float]] = {}
+    command = ["space.yaml", "--name", "often", "--set", f"search.trials={wanted}"]
+    for _ in range(10):
+        driver = desk.open("tune.py", *command)
+        time.sleep(when.uniform(4, 16))
+        driver.kill()
+        driver.communicate()
+        if (folder / "space.yaml").exists():
+            command = ["--resume", "often"]
+            ended = [trial for trial in read_study(folder).trials if trial.outcome in ("complete", "pruned")]
+            finished |= {trial.trial_id: (trial.outcome, trial.eer) for trial in ended}
+    words = desk.run("tune.py", *command)
+    rows = {row["trial_id"]: (row["outcome"], float(row["dev_eer"])) for row in trials_of(folder)}
+    assert len(rows) == len(trials_of(folder)) == wanted, words
+    assert {outcome for outcome, _ in rows.values()} <= {"complete", "pruned"}
+    assert finished and finished.items() <= rows.items()
+    assert_mlflow_agrees(uri, folder)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def end(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
+    """End a process that a test started, and all below it."""
+    below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    for each in (*below, process):
+        try:
+            os.kill(each.pid, number)
+        except ProcessLookupError:
+            continue
+    process.communicate()
+    psutil.wait_procs(below, timeout=30)
+
+
+class Server:
+    """MLflow's own server, in front of a database of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        with (self._folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self._folder, stdout=log, stderr=log, text=True, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                MlflowClient(self.uri).search_experiments(max_results=1)
+                return
+            except Exception:
+                time.sleep(0.5)
+        raise AssertionError((self._folder / "server.log").read_text())
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    running = Server(tmp_path)
+    yield running
+    end(running.process)
+
+
+def test_an_mlflow_server_that_dies_and_comes_back_misses_nothing(desk: Desk, server: Server) -> None:
+    desk.environment |= {"MLFLOW_TRACKING_URI": server.uri}
+    options = ["--name", "outage", "--set", "search.trials=3", "--set", "search.early_stopping=none"]
+    driver = desk.open("tune.py", "space.yaml", *options, "--set", "search.concurrent_trials=1")
+    desk.environment |= {"MLFLOW_TRACKING_URI": ""}
+    printed_until(driver, f"t000  epoch 1/{EPOCHS}")
+    end(server.process)
+    printed_until(driver, f"t001  epoch 1/{EPOCHS}")  # training goes on without it
+    server.start()
+    words, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, words
+    assert "could not be written" not in words
+    assert_mlflow_agrees(server.uri, desk.folder / "results" / "outage")
+
+
+class Cluster:
+    """A head and a second node of Ray on this machine, with one CPU each."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        self._environment = os.environ | {"RAY_TMPDIR": str(folder)}
+        head = ["--head", f"--port={port}", f"--dashboard-port={free_port()}", f"--temp-dir={folder}"]
+        self.head = self._start(*head, "--include-dashboard=true")
+        self._await(1)
+        self.second = self._start(f"--address={self.address}")
+        self._await(2)
+
+    def _start(self, *options: str) -> subprocess.Popen[str]:
+        ray = str(Path(sys.executable).with_name("ray"))
+        store = f"--object-store-memory={100 * 2**20}"
+        return subprocess.Popen(
+            [ray, "start", *options, "--num-cpus=1", store, "--block", "--disable-usage-stats"],
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _await(self, nodes: int) -> None:
+        program = (
+            "import ray, sys\n"
+            "ray.init(sys.argv[1], log_to_driver=False, logging_level='error')\n"
+            "print(sum(node['Alive'] for node in ray.nodes()))"
+        )
+        deadline, found = time.monotonic() + 90, ""
+        while time.monotonic() < deadline:
+            asked = subprocess.run(
+                [sys.executable, "-c", program, self.address], env=self._environment, capture_output=True, text=True
+            )
+            found = asked.stdout.strip()
+            if found == str(nodes):
+                return
+            time.sleep(1)
+        raise AssertionError(f"{found or 'no'} nodes instead of {nodes}: {asked.stderr[-2000:]}")
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    running = Cluster(tmp_path_factory.mktemp("ray"))
+    yield running
+    for process in (running.second, running.head):
+        end(process)
+
+
+def test_a_trial_whose_node_dies_goes_on_on_another(desk: Desk, cluster: Cluster) -> None:
+    desk.environment |= {"RAY_ADDRESS": cluster.address}
+    options = ["--name", "node", "--set", "search.trials=3", "--set", "search.early_stopping=none"]
+    driver = desk.open("tune.py", "space.yaml", *options)
+    desk.environment |= {"RAY_ADDRESS": "local"}
+    words = printed_until(driver, f"epoch 1/{EPOCHS}")
+    assert "2 trials at a time" in words
+    end(cluster.second)
+    rest, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, words + rest
+    rows = trials_of(desk.folder / "results" / "node")
+    assert [row["outcome"] for row in rows] == ["complete"] * 3
+    assert_mlflow_agrees(f"sqlite:///{desk.folder / 'mlflow.db'}", desk.folder / "results" / "node")
+
+
+def left_behind() -> set[str]:
+    """Temporary files and shared memory that raysv or its Ray may have made."""
+    folders = (Path("/tmp"), Path("/dev/shm"))
+    return {str(path) for folder in folders for pattern in ("raysv-*", "plasma*") for path in folder.glob(pattern)}
+
+
+@pytest.mark.parametrize("how", ["to its end", "interrupted"])
+def test_a_study_leaves_no_process_and_no_temporary_file(desk: Desk, how: str) -> None:
+    before = left_behind()
+    options = ["--name", f"tidy {how}", "--set", "search.trials=2", "--set", "resources.workers=2"]
+    driver = desk.open("tune.py", "space.yaml", *options, "--set", "resources.gpus_per_worker=0")
+    printed_until(driver, f"epoch 1/{EPOCHS}")
+    below = psutil.Process(driver.pid).children(recursive=True)
+    assert len(below) > 5
+    if how == "interrupted":
+        driver.send_signal(signal.SIGINT)
+    driver.communicate(timeout=300)
+    _, alive = psutil.wait_procs(below, timeout=20)
+    assert [" ".join(process.cmdline()) for process in alive] == []
+    assert left_behind() - before == set()

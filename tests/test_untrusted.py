@@ -1,0 +1,108 @@
+"""Whatever a file holds, every parser of ours either reads it or says in a ValueError what is wrong with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raysv.config import config_from_dict, parse_settings, read_yaml
+from raysv.corpus.utterances import read_clips, read_enrolments, read_pair_columns, read_utterances
+from raysv.learning.checkpoint import describe_checkpoint, load_encoder, load_training_state
+from raysv.learning.keeping import SUMS, newest_intact
+from raysv.search.confirmation import read_confirmation
+from raysv.search.space import space_from_dict
+from raysv.search.stopping import read_journal
+
+
+def kaldi(name: str, valid: dict[str, str]) -> Callable[[Path, bytes], Any]:
+    """A Kaldi folder in which one file is what it happens to be."""
+
+    def read(folder: Path, content: bytes) -> Any:
+        for other, text in valid.items():
+            (folder / other).write_text(text)
+        (folder / name).write_bytes(content)
+        return read_utterances(folder, folder)
+
+    return read
+
+
+def file(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes], Any]:
+    """A file of a name, read by a function."""
+
+    def written(folder: Path, content: bytes) -> Any:
+        (folder / name).write_bytes(content)
+        return read(folder / name)
+
+    return written
+
+
+def sums(folder: Path, content: bytes) -> Any:
+    kept = folder / "kept" / "epoch-0001"
+    kept.mkdir(parents=True, exist_ok=True)
+    (kept / SUMS).write_bytes(content)
+    (kept / "a").touch()
+    return newest_intact(folder / "kept")
+
+
+KALDI = {"wav.scp": "u1 a.wav\nu2 b.wav\n", "utt2spk": "u1 s\nu2 t\n", "utt2dur": "u1 1.5\nu2 2\n"}
+SPACE = b"loss: {margin: {uniform: [0, 0.5]}, kind: {choice: [aam, supcon]}}\nsearch: {trials: 3}\n"
+ENTRY = json.dumps({"trial": "a", "epoch": 1, "value": 0.3, "stop": False}).encode()
+PARSERS: dict[str, tuple[Callable[[Path, bytes], Any], bytes]] = {
+    "manifest": (
+        file("a.csv", lambda path: read_utterances(path, path.parent)),
+        b"speaker,path,duration_s,session\ns,a.wav,1.5,x\nt,b.wav,,\n",
+    ),
+    "pairs": (file("pairs.txt", read_pair_columns), b"1 a.wav b.wav\n0 a.wav c.wav\n"),
+    "enrolments": (file("enrolments.txt", read_enrolments), b"m1 a b\nm2 c\n"),
+    "clips": (file("noise.csv", lambda path: read_clips(path, "noise", path.parent)), b"path,split\na.wav,train\n"),
+    **{name: (kaldi(name, KALDI), KALDI[name].encode()) for name in KALDI},
+    "config": (file("c.yaml", lambda path: config_from_dict(read_yaml(path))), b"loss: {margin: 0.2, scale: 3.0e+1}\n"),
+    "space": (file("s.yaml", lambda path: space_from_dict(read_yaml(path), "s")), SPACE),
+    "setting": (
+        lambda folder, content: parse_settings([content.decode(errors="replace")]),
+        b"loss.margin={uniform: [0, 1]}",
+    ),
+    "journal": (file("stopping.jsonl", read_journal), ENTRY + b"\n" + ENTRY + b"\n"),
+    "confirmation": (file("confirmation.yaml", lambda path: read_confirmation(path.parent)), b"seeds: [1]\n"),
+    "description": (file("checkpoint.yaml", lambda path: describe_checkpoint(path.parent)), b"epoch: 3\nconfig: {}\n"),
+    "weights": (file("encoder.pt", lambda path: load_encoder(path.parent)), b"PK\x03\x04"),
+    "history": (file("metrics.jsonl", lambda path: load_training_state(path.parent)), b'{"epoch": 1}\n'),
+    "sums": (sums, b"0  a\n"),
+}
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, valid: bytes) -> bytes:
+    """Something valid of which pieces are removed, repeated, exchanged for others; or anything at all."""
+    if draw(st.booleans()):
+        return draw(st.binary(max_size=200))
+    content = bytearray(valid)
+    pieces = st.sampled_from(
+        [b"\n", b" ", b",", b'"', b"\x00", b"\xff", b"-1", b"nan", b"1e999", b"[", b"{", b"!!x", b"~"]
+    )
+    for _ in range(draw(st.integers(1, 5))):
+        start = draw(st.integers(0, len(content)))
+        stop = draw(st.integers(start, min(start + 8, len(content))))
+        content[start:stop] = draw(pieces | st.binary(max_size=4) | st.just(bytes(content[start:stop]) * 2))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_file_is_read_or_refused_whatever_it_holds(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    parse, valid = PARSERS[name]
+    folder = tmp_path_factory.mktemp("untrusted")
+
+    @settings(max_examples=150)
+    @given(content=spoilt(valid))
+    def parse_anything(content: bytes) -> None:
+        try:
+            parse(folder, content)
+        except ValueError as error:
+            assert type(error) is ValueError, "a sentence of ours, not what a library raises"
+            assert str(error).strip()
+
+    parse_anything()
