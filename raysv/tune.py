@@ -19,6 +19,7 @@ from pathlib import Path
 
 from raysv.config import parse_settings
 from raysv.corpus.sets import Corpus
+from raysv.search.catchup import catch_up
 from raysv.search.mlflow_store import check, default_tracking_uri, runs_link
 from raysv.search.page import REPORT_FILE
 from raysv.search.publishing import publish
@@ -98,6 +99,7 @@ def _tune(chosen: argparse.Namespace) -> int:
         if not study.unfinished and not study.broken and not study.unconfirmed:
             print(f"Study {folder.name} is complete.")
             study.write(folder)
+            catch_up(study, folder, uri)
             if space.ranges:
                 publish(study, folder, uri)  # a driver may have been killed just before it
             return _conclude(study, folder, uri)

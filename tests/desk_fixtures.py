@@ -37,11 +37,12 @@ class Desk:
             shutil.copy(SOURCE / "raysv" / f"{door}.py", folder)
         (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
 
-    def open(self, *command: str) -> subprocess.Popen[str]:
+    def open(self, *command: str, **variables: str) -> subprocess.Popen[str]:
+        """A door as a process of its own, with some variables of its environment set otherwise."""
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=self.folder,
-            env=self.environment,
+            env=self.environment | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

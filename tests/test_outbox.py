@@ -25,7 +25,8 @@ def test_an_entry_that_mlflow_refuses_does_not_hold_up_the_others(
     entries.empty()
     assert [record.message for record in caplog.records] == [
         "MLflow: ValueError: not so. The study goes on.",
-        "1 entries could not be written to MLflow. Tune's own results and the checkpoints are complete.",
+        "1 entries could not be written to MLflow. Tune's own results and the checkpoints are complete; once MLflow "
+        "answers, --resume of the study writes what is missing.",
     ]
 
 
@@ -73,7 +74,8 @@ def test_a_server_that_accepts_and_never_answers_holds_the_study_up_for_a_tenth_
 def test_what_cannot_be_written_at_the_end_is_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(outbox.time, "sleep", lambda seconds: None)
+    slept: list[float] = []
+    monkeypatch.setattr(outbox.time, "sleep", slept.append)
 
     def unreachable() -> None:
         raise ConnectionError("no answer")
@@ -83,3 +85,5 @@ def test_what_cannot_be_written_at_the_end_is_counted(
     entries.put(unreachable)
     entries.empty()
     assert "2 entries could not be written to MLflow" in caplog.messages[-1]
+    assert "MLflow does not answer. Waiting 60 s for it." in caplog.messages
+    assert 60 < sum(slept) < 180

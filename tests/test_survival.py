@@ -109,28 +109,24 @@ class Server:
             )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            try:
-                MlflowClient(self.uri).search_experiments(max_results=1)
-                return
-            except Exception:
-                time.sleep(0.5)
+            with socket.socket() as knock:
+                if knock.connect_ex(("127.0.0.1", self._port)) == 0:
+                    return
+            time.sleep(0.5)
         raise AssertionError((self._folder / "server.log").read_text())
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+def server(tmp_path: Path) -> Iterator[Server]:
     running = Server(tmp_path)
     yield running
     end(running.process)
 
 
 def test_an_mlflow_server_that_dies_and_comes_back_misses_nothing(desk: Desk, server: Server) -> None:
-    desk.environment |= {"MLFLOW_TRACKING_URI": server.uri}
     options = ["--name", "outage", "--set", "search.trials=3", "--set", "search.early_stopping=none"]
-    driver = desk.open("tune.py", "space.yaml", *options, "--set", "search.concurrent_trials=1")
-    desk.environment |= {"MLFLOW_TRACKING_URI": ""}
+    options += ["--set", "search.concurrent_trials=1"]
+    driver = desk.open("tune.py", "space.yaml", *options, MLFLOW_TRACKING_URI=server.uri)
     printed_until(driver, f"t000  epoch 1/{EPOCHS}")
     end(server.process)
     printed_until(driver, f"t001  epoch 1/{EPOCHS}")  # training goes on without it
@@ -141,30 +137,57 @@ def test_an_mlflow_server_that_dies_and_comes_back_misses_nothing(desk: Desk, se
     assert_mlflow_agrees(server.uri, desk.folder / "results" / "outage")
 
 
+def test_what_an_outage_took_that_outlasts_the_study_is_written_when_it_is_asked_for_again(
+    desk: Desk, server: Server
+) -> None:
+    options = ["--name", "outlasted", "--set", "search.trials=2", "--set", "search.early_stopping=none"]
+    driver = desk.open("tune.py", "space.yaml", *options, MLFLOW_TRACKING_URI=server.uri)
+    printed_until(driver, f"epoch 1/{EPOCHS}")
+    end(server.process)
+    words, _ = driver.communicate(timeout=400)
+    assert driver.returncode == 0, words
+    assert "--resume of the study writes" in words
+    server.start()
+    words = desk.run("tune.py", "--resume", "outlasted")
+    assert "MLflow missed the end of 2 of 2 trials" in words and "is complete" in words
+    assert_mlflow_agrees(server.uri, desk.folder / "results" / "outlasted")
+    assert "MLflow missed" not in desk.run("tune.py", "--resume", "outlasted")
+
+
 class Cluster:
     """A head and a second node of Ray on this machine, with one CPU each."""
 
     def __init__(self, folder: Path) -> None:
         port = free_port()
         self.address = f"127.0.0.1:{port}"
-        self._environment = os.environ | {"RAY_TMPDIR": str(folder)}
+        self.variables = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address}  # a loopback of the test's own
+        self.nodes: list[subprocess.Popen[str]] = []
         head = ["--head", f"--port={port}", f"--dashboard-port={free_port()}", f"--temp-dir={folder}"]
-        self.head = self._start(*head, "--include-dashboard=true")
-        self._await(1)
-        self.second = self._start(f"--address={self.address}")
-        self._await(2)
+        try:
+            self._start(*head, "--include-dashboard=true")
+            self._await(1)
+            self._start(f"--address={self.address}")
+            self._await(2)
+        except BaseException:
+            self.end()
+            raise
 
-    def _start(self, *options: str) -> subprocess.Popen[str]:
-        ray = str(Path(sys.executable).with_name("ray"))
-        store = f"--object-store-memory={100 * 2**20}"
-        return subprocess.Popen(
-            [ray, "start", *options, "--num-cpus=1", store, "--block", "--disable-usage-stats"],
-            env=self._environment,
+    def end(self) -> None:
+        for node in reversed(self.nodes):
+            end(node)
+
+    def _start(self, *options: str) -> None:
+        command = [str(Path(sys.executable).with_name("ray")), "start", *options, "--node-ip-address=127.0.0.1"]
+        command += ["--num-cpus=1", f"--object-store-memory={100 * 2**20}", "--block", "--disable-usage-stats"]
+        node = subprocess.Popen(
+            command,
+            env=os.environ | self.variables,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
         )
+        self.nodes.append(node)
 
     def _await(self, nodes: int) -> None:
         program = (
@@ -175,7 +198,10 @@ class Cluster:
         deadline, found = time.monotonic() + 90, ""
         while time.monotonic() < deadline:
             asked = subprocess.run(
-                [sys.executable, "-c", program, self.address], env=self._environment, capture_output=True, text=True
+                [sys.executable, "-c", program, self.address],
+                env=os.environ | self.variables,
+                capture_output=True,
+                text=True,
             )
             found = asked.stdout.strip()
             if found == str(nodes):
@@ -188,18 +214,15 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     running = Cluster(tmp_path_factory.mktemp("ray"))
     yield running
-    for process in (running.second, running.head):
-        end(process)
+    running.end()
 
 
 def test_a_trial_whose_node_dies_goes_on_on_another(desk: Desk, cluster: Cluster) -> None:
-    desk.environment |= {"RAY_ADDRESS": cluster.address}
     options = ["--name", "node", "--set", "search.trials=3", "--set", "search.early_stopping=none"]
-    driver = desk.open("tune.py", "space.yaml", *options)
-    desk.environment |= {"RAY_ADDRESS": "local"}
+    driver = desk.open("tune.py", "space.yaml", *options, **cluster.variables)
     words = printed_until(driver, f"epoch 1/{EPOCHS}")
     assert "2 trials at a time" in words
-    end(cluster.second)
+    end(cluster.nodes.pop())
     rest, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, words + rest
     rows = trials_of(desk.folder / "results" / "node")

@@ -62,8 +62,13 @@ class TrialCard:
     @classmethod
     def of(cls, trial: Any, kind: str = TRIAL_KIND) -> TrialCard:
         """Named by its number, from 0, and what it tries, short: MLflow's column of names is narrow."""
-        shown = [f"{key}{show_value(value)}" for key, value in _abbreviate(trial.config).items()]
-        return cls(trial.trial_id, " ".join([trial_name(trial, LETTERS[kind]), *shown]), dict(trial.config))
+        return cls.named(trial_name(trial, LETTERS[kind]), trial.trial_id, trial.config)
+
+    @classmethod
+    def named(cls, name: str, trial_id: str, values: Mapping[str, Any]) -> TrialCard:
+        """With what it tries beside its short name."""
+        shown = [f"{key}{show_value(value)}" for key, value in _abbreviate(values).items()]
+        return cls(trial_id, " ".join([name, *shown]), dict(values))
 
 
 def _abbreviate(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 30.0  # between attempts while MLflow does not answer,
 RETRY_SHARE = 10.0  # or so many times what the last one took: an attempt holds the study up, for a minute if need be
+LAST_PAUSES, PATIENT = (0.0, 1.0, 3.0, 10.0, 20.0, 30.0), 3  # seconds, at the end; of which so many are worth a word
 ATTEMPTS = 3  # at an entry that MLflow refuses although it answers
 
 
@@ -43,13 +44,17 @@ class Outbox:
 
     def empty(self) -> None:
         """Make a last effort for all that waits, and say what could not be written."""
-        for pause in (0.0, 1.0, 3.0):
+        for number, pause in enumerate(LAST_PAUSES):
+            if number and self._waiting and number == len(LAST_PAUSES) - PATIENT:
+                logger.warning("MLflow does not answer. Waiting %d s for it.", sum(LAST_PAUSES[number:]))
             time.sleep(pause if self._waiting else 0.0)
             self._work()
         lost = self._lost + len(self._waiting)
         if lost:
             logger.warning(
-                "%d entries could not be written to MLflow. Tune's own results and the checkpoints are complete.", lost
+                "%d entries could not be written to MLflow. Tune's own results and the checkpoints are complete; once "
+                "MLflow answers, --resume of the study writes what is missing.",
+                lost,
             )
 
     def _work(self) -> None:

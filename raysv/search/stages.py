@@ -156,7 +156,7 @@ def make_tuner(
             storage_path=str(folder),
             failure_config=ray.tune.FailureConfig(max_failures=1),
             callbacks=[
-                MLflowTracking(_card(stage, space, folder, tracking_uri)),
+                MLflowTracking(study_card(stage.kind, space, folder, tracking_uri)),
                 Progress(stage.trials, space.epochs, folder / TRIALS_FOLDER, single=single, kind=stage.kind),
                 CommonFault(),
             ],
@@ -176,14 +176,15 @@ def _storage(folder: Path) -> str:
     return f"sqlite:///{folder / OPTUNA_FILE}"
 
 
-def _card(stage: Stage, space: Space, folder: Path, tracking_uri: str) -> StudyCard:
+def study_card(kind: str, space: Space, folder: Path, tracking_uri: str) -> StudyCard:
+    """What MLflow is to know of a study and of its runs of a kind."""
     searched = "\n".join(f"- `{key}`: {span}" for key, span in space.ranges.items()) or "Nothing: a single run."
     count = f"{space.search.trials} trials" if space.search.trials > 1 else "1 trial"
     return StudyCard(
         tracking_uri,
         name=folder.name,
         experiment=EXPERIMENT,
-        kind=stage.kind,
+        kind=kind,
         base=space.tree,
         resources=dataclasses.asdict(space.resources),
         space=(folder / SPACE_FILE).read_text(encoding="utf-8"),

@@ -17,6 +17,7 @@ from raysv.corpus.sets import Corpus
 from raysv.learning.checkpoint import versions
 from raysv.learning.views import ViewBatches
 from raysv.search import cluster
+from raysv.search.catchup import catch_up
 from raysv.search.confirmation import CONFIRMATION_FILE, conclude, write_confirmation
 from raysv.search.progress import Decoding
 from raysv.search.publishing import publish
@@ -127,6 +128,7 @@ def _drive(
         _conclude(folder, corpus)
     study = read_study(folder)
     study.write(folder)
+    catch_up(study, folder, tracking_uri)
     if space.ranges:
         publish(study, folder, tracking_uri)
     return study

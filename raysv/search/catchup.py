@@ -1,0 +1,73 @@
+"""What MLflow missed, written from Tune's record: an outage may outlast a study."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlflow.entities import Run
+
+from raysv.search.cards import CONFIRMING, TRIAL_KIND, TrialCard
+from raysv.search.mlflow_store import KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
+from raysv.search.records import TrialRecord
+from raysv.search.results import METRIC
+from raysv.search.runs import StudyRuns
+from raysv.search.stages import EXPERIMENT, study_card
+from raysv.search.standings import OUTCOME
+from raysv.search.study import Study, started
+from raysv.search.wording import first_line
+
+logger = logging.getLogger(__name__)
+
+
+def catch_up(study: Study, folder: Path, tracking_uri: str) -> None:
+    """Write to MLflow the trials whose runs are missing there or do not say how they ended.
+
+    A study that has ended well must not end in this: what goes wrong is told.
+    """
+    try:
+        for kind, records in ((TRIAL_KIND, study.trials), (CONFIRMING, study.confirming)):
+            if missed := _missed(kind, records, folder, tracking_uri):
+                _write(kind, missed, records, study, folder, tracking_uri)
+    except Exception as error:  # MLflow lets those of SQLAlchemy, requests and the file system through
+        logger.warning(
+            "MLflow may miss trials of the study: %s. Once it answers, --resume of the study writes them.",
+            first_line(error),
+        )
+
+
+def _missed(kind: str, records: Sequence[TrialRecord], folder: Path, tracking_uri: str) -> list[TrialRecord]:
+    tags = {KIND: kind, STUDY: folder.name, STUDY_ID: started(folder).get("id") or folder.name}
+    runs = search_runs(connect(tracking_uri), experiment_id(tracking_uri, EXPERIMENT), tags)
+    there = {run.data.tags[TRIAL]: run for run in runs}
+    ended = (record for record in records if record.outcome != "unfinished")
+    return [record for record in ended if not _tells(there.get(record.trial_id), record)]
+
+
+def _tells(run: Run | None, record: TrialRecord) -> bool:
+    if run is None or run.data.tags.get(OUTCOME) != record.outcome:
+        return False
+    return not record.epoch or run.data.metrics.get(METRIC) == record.eer
+
+
+def _write(
+    kind: str,
+    missed: Sequence[TrialRecord],
+    records: Sequence[TrialRecord],
+    study: Study,
+    folder: Path,
+    tracking_uri: str,
+) -> None:
+    print(f"MLflow missed the end of {len(missed)} of {len(records)} trials; they are written now.", flush=True)
+    runs = StudyRuns(study_card(kind, study.space, folder, tracking_uri))
+    runs.open()
+    for record in missed:
+        card = TrialCard.named(record.name, record.trial_id, record.values)
+        runs.start(card)
+        if record.epoch:
+            runs.add_result(card, record.metrics)
+        runs.finish(card, record.outcome, record.reason)
+        runs.upload(card)
+    runs.close([record.trial_id for record in records])
+    runs.summarise()
