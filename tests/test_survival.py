@@ -53,13 +53,15 @@ def assert_mlflow_agrees(uri: str, folder: Path) -> None:
 
 
 def test_a_driver_that_is_killed_ten_times_ends_with_the_trials_asked_for(desk: Desk) -> None:
-    wanted, when = 6, random.Random(0)
+    wanted, when = 10, random.Random(0)
     folder, uri = desk.folder / "results" / "often", f"sqlite:///{desk.folder / 'mlflow.db'}"
     finished: dict[str, tuple[str, float]] = {}
     command = ["space.yaml", "--name", "often", "--set", f"search.trials={wanted}"]
-    for _ in range(10):
+    for kill in range(10):
         driver = desk.open("tune.py", *command)
-        time.sleep(when.uniform(4, 16))
+        if kill % 2:  # otherwise at any moment, while it starts as well
+            printed_until(driver, f"epoch {when.randint(1, EPOCHS)}/{EPOCHS}")
+        time.sleep(when.uniform(0, 2) if kill % 2 else when.uniform(2, 14))
         driver.kill()
         driver.communicate()
         if (folder / "space.yaml").exists():
