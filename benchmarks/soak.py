@@ -4,9 +4,10 @@
 
 The real doors, Ray and an MLflow server, on voices that raysv makes itself. Every few seconds one of these, by chance:
 the process of a trial is killed; MLflow's server is killed, and comes back later; a byte of a checkpoint is turned
-over; the driver is killed, and the study resumed. Then, undisturbed, the study is resumed until it says that it is
-complete. Printed are the faults, the counts in Tune, MLflow and Optuna, and the driver's memory and open files over its
-longest life. Exits with 1 where the counts do not agree.
+over, of whichever trial wrote last (only one that goes on from it notices); the driver is killed, and the study
+resumed. Then, undisturbed, it is resumed until all its trials have ended and none died, five times at most. Printed are
+the faults, the counts in Tune, MLflow and Optuna, and the driver's memory and open files over its longest life. Exits
+with 1 where the counts do not agree.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ SPACE = {
     "training": {"epochs": EPOCHS, "precision": "fp32"},
     "resources": {"gpus_per_worker": 0.0},
 }
+RESUMES = 5
 PAUSE = (2.0, 6.0)  # seconds from one fault to the next
 WEIGHTS = {"trial": 6, "checkpoint": 3, "server": 2, "driver": 1}
 
@@ -141,12 +143,16 @@ class Soak:
                     due = time.monotonic() + self.chance.uniform(*PAUSE)
             except (psutil.NoSuchProcess, FileNotFoundError):
                 continue  # it ended meanwhile
-        for _ in range(3):
-            study = read_study(self.study)
-            if not study.unfinished and not study.broken:
+        for _ in range(RESUMES):
+            if self.over():
                 break
             self.driver = self._drive("--resume", NAME)
             self.driver.wait()
+
+    def over(self) -> bool:
+        """Whether the study has all its trials, and none that died."""
+        study = read_study(self.study)
+        return not study.unfinished and not study.broken
 
     def agree(self) -> bool:
         """Print what Tune, MLflow and Optuna hold at the end, and whether they agree."""
@@ -165,14 +171,17 @@ class Soak:
         print(f"runs in MLflow  {len(runs)}: {dict(in_mlflow)}")
         print(f"results         {sum(trial.epoch for trial in trials)} in Tune, {sum(results.values())} in MLflow")
         print(f"Optuna          {dict(in_optuna)}")
+        noticed = sum("raysv.notice" in run.data.tags for run in runs)
+        print(f"damage          {self.faults['checkpoint']} checkpoints; {noticed} trials went on from one and said so")
         return (
-            len(trials) == self.trials == len(results) == len(runs)
+            self.over()
+            and len(trials) == self.trials == len(results) == len(runs)
             and all(results[trial.trial_id] == trial.epoch for trial in trials)
             and in_optuna["COMPLETE"] + in_optuna["PRUNED"] == ends["complete"] + ends["pruned"]
         )
 
     def growth(self) -> str:
-        """The driver's memory and open files over its longest life: medians of its first and last quarters."""
+        """The driver's memory and open files over its longest life: medians of its second and last quarters."""
         life = max(self.lives, key=len)
         quarter = max(len(life) // 4, 1)
         first, last = ([statistics.median(column) for column in zip(*part, strict=True)] for part in
@@ -210,9 +219,9 @@ def main() -> None:
             print(soak.growth())
             print(f"{(time.monotonic() - started) / 60:.0f} minutes; {'all agree' if agreed else 'NOT in agreement'}")
         finally:
-            _kill(soak.server.pid)
-            if soak.driver.poll() is None:
-                _kill(soak.driver.pid)
+            for process in (soak.server, soak.driver):
+                if process.poll() is None:
+                    _kill(process.pid)
     sys.exit(not agreed)
 
 

@@ -20,8 +20,9 @@ import numpy as np
 
 from raysv.config import dump_yaml
 from raysv.corpus import layouts
+from raysv.corpus.checks import refuse_outside
 from raysv.corpus.synthetic import write_corpus
-from raysv.corpus.utterances import Utterance, read_pairs, read_utterances
+from raysv.corpus.utterances import Utterance, lies_below, read_pairs, read_utterances
 
 LAYOUTS = {
     "voxceleb": layouts.voxceleb,
@@ -59,7 +60,12 @@ def _prepare(options: argparse.Namespace) -> dict[str, Any]:
     output = options.output or folder
     if (output / "train.csv").exists() and not options.overwrite:
         raise ValueError(f"{output} has lists already. Name another --output, or --overwrite them.")
+    spoken = [item.path for item in (*lists.train, *lists.dev, *lists.test)]
+    if not options.outside_root:
+        refuse_outside(spoken, folder, "Name the folder above them, or allow it with --outside-root.")
     data = layouts.write_lists(lists, output, folder)
+    if not all(lies_below(path, folder) for path in spoken):
+        data["outside_root"] = True
     _describe("train", lists.train)
     _describe("dev", lists.dev, {"dev": lists.dev_pairs})
     _describe("test", lists.test, lists.test_pairs)
@@ -103,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--min-utterances", type=int, default=2, help="of a training speaker, at least (2)")
     add("--seed", type=int, default=0, help="of the choice of dev speakers and pairs (0)")
     add("--overwrite", action="store_true", help="replace lists that were written before")
+    add("--outside-root", action="store_true", help="the corpus's lists may name recordings elsewhere")
     add("--durations", action="store_true", help="open every file to note its length")
     return parser
 

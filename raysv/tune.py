@@ -29,6 +29,7 @@ from raysv.search.study import (
     BEST_FILE,
     TRIALS_FILE,
     Study,
+    driving,
     find_study,
     load_space,
     note_start,
@@ -98,10 +99,11 @@ def _tune(chosen: argparse.Namespace) -> int:
         study = read_study(folder)
         if not study.unfinished and not study.broken and not study.unconfirmed:
             print(f"Study {folder.name} is complete.")
-            study.write(folder)
-            catch_up(study, folder, uri)
-            if space.ranges:
-                publish(study, folder, uri)  # a driver may have been killed just before it
+            with driving(folder):  # what a driver may not have come to that was killed just before its end
+                study.write(folder)
+                catch_up(study, folder, uri)
+                if space.ranges:
+                    publish(study, folder, uri)
             return _conclude(study, folder, uri)
     else:
         settings = parse_settings(chosen.set)

@@ -70,7 +70,7 @@ def write_checkpoint(folder: Path, eers: list[float]) -> str:
     folder.mkdir()
     lines = [json.dumps({TIME: epoch, METRIC: eer, "loss/total": 2 * eer}) for epoch, eer in enumerate(eers, 1)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "checkpoint.yaml").write_text("computed: cpu, float32\nconfig: {}\n")
+    (folder / "checkpoint.yaml").write_text("epoch: 1\nthreshold: 0.3\ncomputed: cpu, float32\nconfig: {}\n")
     (folder / "encoder.pt").write_text(str(eers[-1]))
     (folder / "training_state.pt").write_text("large")
     (folder / "det.csv").write_text("p_miss,p_fa\n0.0,1.0\n0.1,0.2\n1.0,0.0\n")

@@ -110,8 +110,15 @@ def test_a_header_that_tells_of_days_is_refused_before_anything_is_decoded(tmp_p
     assert content[:4] == b"fLaC"
     content[21] = content[21] & 0xF0 | 0x0F  # the upper bits of the number of samples
     (tmp_path / "a.flac").write_bytes(content)
-    with pytest.raises(BadAudio, match=r"tells of 6\d{10} samples in 1 channels, more than the 200 million"):
+    with pytest.raises(BadAudio, match=r"tells of 6\d{10} samples in 1 channel\(s\), more than the 100 million"):
         read_audio(tmp_path / "a.flac")
+
+
+@pytest.mark.parametrize("rate", [10, 3999, 1_000_010])
+def test_a_rate_that_no_recorder_has_is_refused(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", np.linspace(-0.5, 0.5, 1000), rate)
+    with pytest.raises(BadAudio, match=rf"its rate of {rate} Hz is not between 4000 and 384000 Hz"):
+        read_audio(tmp_path / "a.wav")
 
 
 def test_a_header_without_samples_is_called_empty(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -5,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from encoder_fixtures import tiny_encoder, write_checkpoint
+from learning_fixtures import tiny_config
 
 from raysv.learning.keeping import SUMS, keep_checkpoint, latest_checkpoint, newest_intact
 
@@ -35,8 +38,9 @@ def test_a_checkpoint_of_which_only_a_part_was_copied_does_not_count(tmp_path):
     kept_after(tmp_path, [0.4, 0.3])
     shutil.copytree(tmp_path / "kept" / "epoch-0002", tmp_path / "kept" / "epoch-0003.partial")
     assert latest_checkpoint(tmp_path / "kept").name == "epoch-0002"
-    keep_checkpoint(written(tmp_path / "new-3", [0.4, 0.3, 0.2]), tmp_path / "kept")
-    assert sorted(folder.name for folder in (tmp_path / "kept").iterdir()) == ["epoch-0002", "epoch-0003"]
+    for eers in ([0.4, 0.3, 0.2], [0.4, 0.3, 0.2, 0.1]):
+        keep_checkpoint(written(tmp_path / f"new-{len(eers)}", eers), tmp_path / "kept")
+    assert sorted(folder.name for folder in (tmp_path / "kept").iterdir()) == ["epoch-0003", "epoch-0004"]
 
 
 def test_a_kept_checkpoint_that_is_kept_again_stays_where_it_is(tmp_path):
@@ -89,9 +93,11 @@ def test_an_intact_checkpoint_is_found_without_a_word(tmp_path):
     [
         (lambda file: os.truncate(file, 10), "metrics.jsonl differs from its checksum"),
         (lambda file: file.write_bytes(file.read_bytes()[:-2] + b"x\n"), "metrics.jsonl differs from its checksum"),
-        (lambda file: file.unlink(), "No such file or directory: metrics.jsonl"),
-        (lambda file: (file.parent / SUMS).unlink(), "No such file or directory: SHA256SUMS"),
-        (lambda file: (file.parent / SUMS).write_bytes(b"\xff"), "invalid start byte"),
+        (lambda file: file.unlink(), "metrics.jsonl is missing"),
+        (lambda file: (file.parent / SUMS).write_bytes(b"\xff"), "metrics.jsonl differs from its checksum"),
+        (lambda file: (file.parent / SUMS).write_bytes(b""), "metrics.jsonl differs from its checksum"),
+        (lambda file: (file.parent / "encoder.pt").touch(), "encoder.pt differs from its checksum"),
+        (lambda file: (file.parent / SUMS).unlink(), "it has no checkpoint.yaml"),
     ],
 )
 def test_a_damaged_checkpoint_makes_way_for_the_one_before(tmp_path, damage, told):
@@ -103,6 +109,40 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(tmp_path, damage, tol
     assert told in notice and "epoch-0002" in notice and notice.endswith("goes on from epoch-0001.")
     again = keep_checkpoint(written(tmp_path / "again", [0.4, 0.3]), kept)
     assert newest_intact(kept) == (again, "")
+    assert (kept / "epoch-0002.damaged").is_dir(), "to be looked at"
+
+
+def test_a_checkpoint_of_an_earlier_revision_has_no_sums_and_counts_if_it_can_be_loaded(tmp_path):
+    place = keep_checkpoint(
+        write_checkpoint(tmp_path / "new", tiny_config(tmp_path), tiny_encoder()), tmp_path / "kept"
+    )
+    (place / SUMS).unlink()
+    assert newest_intact(tmp_path / "kept") == (place, "")
+    os.truncate(place / "training_state.pt", 100)
+    assert newest_intact(tmp_path / "kept")[0] is None
+
+
+def test_a_checkpoint_that_comes_late_removes_none_of_a_later_epoch(tmp_path):
+    """Of a process that was cut off while another took its place."""
+    kept_after(tmp_path, [0.4, 0.3, 0.2, 0.1])
+    (tmp_path / "kept" / "epoch-0005.partial").mkdir()
+    keep_checkpoint(written(tmp_path / "late", [0.4, 0.3, 0.2]), tmp_path / "kept")
+    assert latest_checkpoint(tmp_path / "kept").name == "epoch-0004"
+    assert (tmp_path / "kept" / "epoch-0005.partial").is_dir()
+
+
+def test_what_cannot_be_read_for_other_reasons_is_not_damaged(tmp_path, monkeypatch):
+    """A network storage that is away for a moment must not cost the checkpoints on it."""
+    kept_after(tmp_path, [0.4])
+
+    def stale(self, *args, **more):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as away:
+        away.setattr(Path, "open", stale)
+        with pytest.raises(OSError, match="Stale"):
+            newest_intact(tmp_path / "kept")
+    assert newest_intact(tmp_path / "kept") == (tmp_path / "kept" / "epoch-0001", "")
 
 
 def test_where_all_are_damaged_a_run_starts_anew(tmp_path):

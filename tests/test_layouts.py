@@ -310,6 +310,21 @@ def test_the_door_runs_as_a_file_and_prints_the_section_to_paste(tmp_path):
     assert {item.duration_s for part in parts for item in part} == {1.0}
 
 
+def test_the_door_lets_a_corpus_name_recordings_elsewhere_only_when_told_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, *(f"audio/s{speaker}/{take}.wav" for speaker in range(6) for take in (1, 2)))
+    names = [f"s{speaker}-{take}" for speaker in range(6) for take in (1, 2)]
+    scp = "".join(f"{name} {tmp_path}/audio/{name.replace('-', '/')}.wav\n" for name in names)
+    text(tmp_path / "lists" / "wav.scp", scp)
+    text(tmp_path / "lists" / "utt2spk", "".join(f"{name} {name[:2]}\n" for name in names))
+    command = ["kaldi", "lists", "--dev-speakers", "2"]
+    assert prepare.main(command) == 2
+    assert "12 recordings outside lists" in capsys.readouterr().err
+    assert not (tmp_path / "lists" / "train.csv").exists()
+    assert prepare.main([*command, "--outside-root"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out.partition("\n\n")[2].partition("\n\n")[2])["data"]["outside_root"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["voxceleb", "nowhere"], ["folder", "."], ["folder", ".", "--pairs", "a.txt", "b/a.txt"], ["kaldi", "pyproject"]],

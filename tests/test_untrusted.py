@@ -3,11 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from encoder_fixtures import tiny_encoder, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learning_fixtures import tiny_config
 
 from raysv.config import config_from_dict, parse_settings, read_yaml
 from raysv.corpus.utterances import read_clips, read_enrolments, read_pair_columns, read_utterances
@@ -40,6 +43,19 @@ def file(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes], Any]
     return written
 
 
+def checkpoint(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes], Any]:
+    """A file of a checkpoint that is whole otherwise."""
+
+    def spoil(folder: Path, content: bytes) -> Any:
+        place = folder / "whole"
+        if not place.exists():
+            write_checkpoint(place, tiny_config(folder), tiny_encoder())
+        (place / name).write_bytes(content)
+        return read(place)
+
+    return spoil
+
+
 def sums(folder: Path, content: bytes) -> Any:
     kept = folder / "kept" / "epoch-0001"
     kept.mkdir(parents=True, exist_ok=True)
@@ -48,9 +64,24 @@ def sums(folder: Path, content: bytes) -> Any:
     return newest_intact(folder / "kept")
 
 
+def whole(name: str) -> bytes:
+    """What a file of a checkpoint holds that is whole."""
+    with TemporaryDirectory() as folder:
+        return (write_checkpoint(Path(folder), tiny_config(Path(folder)), tiny_encoder()) / name).read_bytes()
+
+
 KALDI = {"wav.scp": "u1 a.wav\nu2 b.wav\n", "utt2spk": "u1 s\nu2 t\n", "utt2dur": "u1 1.5\nu2 2\n"}
-SPACE = b"loss: {margin: {uniform: [0, 0.5]}, kind: {choice: [aam, supcon]}}\nsearch: {trials: 3}\n"
+SPACE = b"loss: {margin: {uniform: [0, 0.5]}, kind: {choice: [aam, aam_supcon]}}\nsearch: {trials: 3}\n"
 ENTRY = json.dumps({"trial": "a", "epoch": 1, "value": 0.3, "stop": False}).encode()
+CONFIRMED = b"""seeds: [1, 2]
+speakers: 20
+standings:
+- {name: t001, values: {loss.margin: 0.2}, eers: [0.1, 0.2], estimate: [0.15, 0.1, 0.2]}
+paper: t000
+reference: the paper's setting
+gain: [0.01, -0.01, 0.03]
+failed: []
+"""
 PARSERS: dict[str, tuple[Callable[[Path, bytes], Any], bytes]] = {
     "manifest": (
         file("a.csv", lambda path: read_utterances(path, path.parent)),
@@ -67,10 +98,11 @@ PARSERS: dict[str, tuple[Callable[[Path, bytes], Any], bytes]] = {
         b"loss.margin={uniform: [0, 1]}",
     ),
     "journal": (file("stopping.jsonl", read_journal), ENTRY + b"\n" + ENTRY + b"\n"),
-    "confirmation": (file("confirmation.yaml", lambda path: read_confirmation(path.parent)), b"seeds: [1]\n"),
-    "description": (file("checkpoint.yaml", lambda path: describe_checkpoint(path.parent)), b"epoch: 3\nconfig: {}\n"),
-    "weights": (file("encoder.pt", lambda path: load_encoder(path.parent)), b"PK\x03\x04"),
-    "history": (file("metrics.jsonl", lambda path: load_training_state(path.parent)), b'{"epoch": 1}\n'),
+    "confirmation": (file("confirmation.yaml", lambda path: read_confirmation(path.parent)), CONFIRMED),
+    "description": (checkpoint("checkpoint.yaml", describe_checkpoint), whole("checkpoint.yaml")),
+    "weights": (checkpoint("encoder.pt", load_encoder), whole("encoder.pt")),
+    "state": (checkpoint("training_state.pt", load_training_state), whole("training_state.pt")),
+    "history": (checkpoint("metrics.jsonl", load_training_state), whole("metrics.jsonl")),
     "sums": (sums, b"0  a\n"),
 }
 
@@ -84,12 +116,19 @@ def spoilt(draw: st.DrawFn, valid: bytes) -> bytes:
     if draw(st.booleans()):
         return draw(st.binary(max_size=200))
     content = bytearray(valid)
+    span = st.integers(1, 8) | st.integers(1, max(len(valid), 1))
     pieces = st.sampled_from(PIECES)
     for _ in range(draw(st.integers(1, 5))):
         start = draw(st.integers(0, len(content)))
-        stop = draw(st.integers(start, min(start + 8, len(content))))
+        stop = min(start + draw(span), len(content))
         content[start:stop] = draw(pieces | st.binary(max_size=4) | st.just(bytes(content[start:stop]) * 2))
     return bytes(content)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_what_is_valid_is_read(name: str, tmp_path: Path) -> None:
+    parse, valid = PARSERS[name]
+    parse(tmp_path, valid)
 
 
 @pytest.mark.parametrize("name", PARSERS)

@@ -13,7 +13,8 @@ from learning_fixtures import tiny_config
 
 from raysv.config import config_to_dict
 from raysv.search.desk import Task
-from raysv.search.worker import CHANCE, train_alone
+from raysv.search.results import CHANCE
+from raysv.search.worker import train_alone
 
 Result = dict[str, Any]
 

@@ -16,7 +16,8 @@ from raysv.config import SAMPLE_RATE
 FULL_SCALE = 32768  # int16 samples divided by it lie in [-1, 1)
 SMALLEST_DIVISOR = 10  # Hz, of a rate and 16 kHz together: the resampler's filters for 44101 Hz would take gigabytes
 
-MOST_SAMPLES = 200_000_000  # all channels together: three hours and a half at 16 kHz, 0.8 GB while it is decoded
+RATES = (4000, 384_000)  # Hz
+MOST_SAMPLES = 100_000_000  # of all channels, and of what is made of them: 1.7 hours; a float each takes 0.4 GB
 
 Waveform = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float32]
@@ -57,9 +58,12 @@ def read_audio(path: Path) -> Waveform:
 def _refuse_giant(path: Path) -> None:
     """By its header alone: a few kilobytes of FLAC can be days of silence, and a header can claim anything."""
     header = soundfile.info(str(path))
-    if header.frames * header.channels > MOST_SAMPLES:
+    if not RATES[0] <= header.samplerate <= RATES[1]:
+        raise BadAudio(f"its rate of {header.samplerate} Hz is not between {RATES[0]} and {RATES[1]} Hz")
+    samples = header.frames * max(header.channels, SAMPLE_RATE / header.samplerate)
+    if samples > MOST_SAMPLES:
         raise BadAudio(
-            f"its header tells of {header.frames} samples in {header.channels} channels, more than the "
+            f"its header tells of {header.frames} samples in {header.channels} channel(s), more than the "
             f"{MOST_SAMPLES / 1e6:g} million that are decoded at once; cut it into shorter recordings"
         )
 

@@ -25,7 +25,6 @@ from raysv.corpus.utterances import (
     Utterance,
     VerificationPair,
     find_audio,
-    lies_below,
     read_enrolments,
     read_lines,
     read_pairs,
@@ -270,8 +269,6 @@ def write_lists(lists: Lists, output: Path, root: Path) -> dict[str, Any]:
     for name, file in tests.items():
         write_pairs(spelled(lists.test_pairs[name]), output / file)
     data: dict[str, Any] = {"root": os.path.abspath(root), "train": place("train.csv")}
-    if not all(lies_below(item.path, root) for item in [*lists.train, *lists.dev, *lists.test]):
-        data["outside_root"] = True
     data["dev_pairs"] = place("dev_pairs.txt")
     data["test_pairs"] = {name: place(file) for name, file in tests.items()}
     data["utterances"] = [place(file) for file in manifests if file != "train.csv"]

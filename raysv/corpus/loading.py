@@ -40,9 +40,6 @@ def load_corpus(
     train, lists = _read_lists(data, root)
     wanted = ["dev", *(data.test_pairs if tests else [])]
     clips = {kind: _clip_paths(data, kind, root) for kind in _clip_kinds(data, augment)}
-    if not data.outside_root:
-        named = chain((spoken.path for spoken in train), *(listed.paths.values() for listed in lists.values()))
-        refuse_outside(named, root, "Mend the lists or data.root; data.outside_root: true allows it.")
 
     stores = {TRAIN: open_store([spoken.path for spoken in train], cache, progress)}
     stores |= {f"{name} pairs": open_store(list(lists[name].paths.values()), cache, progress) for name in wanted}
@@ -139,6 +136,9 @@ def _read_lists(data: DataConfig, root: Path) -> tuple[list[Utterance], dict[str
     known, enrolments = _read_known(data.utterances, root), _read_models(data.enrolments, root)
     files = {"dev": data.dev_pairs, **data.test_pairs}
     lists = {name: read_pair_list(root / file, root, known, enrolments) for name, file in files.items()}
+    if not data.outside_root:  # before any of them is looked at
+        named = chain((spoken.path for spoken in train), *(listed.paths.values() for listed in lists.values()))
+        refuse_outside(named, root, "Mend the lists or data.root; data.outside_root: true allows it.")
     for listed in lists.values():
         refuse_unknown(listed)
         refuse_leak(listed, "the training list", train)

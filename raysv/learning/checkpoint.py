@@ -63,12 +63,14 @@ def save_checkpoint(folder: Path, standing: Standing, encoder: SpeakerEncoder, t
     """
     try:
         _save(folder, standing, encoder, training_state)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer says of a full disk only that it failed
-        free = shutil.disk_usage(folder).free / 1e6
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "writ" not in str(error):
+            raise  # PyTorch's writer says of a full disk only that writing failed
+        free, why = shutil.disk_usage(folder).free / 1e6, (str(error).splitlines() or [""])[0]
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
-            f"The checkpoint of epoch {len(standing.history)} cannot be written to {folder}, where {free:.0f} MB are "
-            f"free: {(str(error).splitlines() or [''])[0]}. Make room there, or let TMPDIR name another place.",
+            f"The checkpoint of epoch {len(standing.history)} cannot be written to {folder.parent}: {why}; "
+            f"{free:.0f} MB are free there. Make room there, or let TMPDIR name another place.",
         ) from error
 
 
@@ -130,6 +132,9 @@ def describe_checkpoint(folder: Path) -> tuple[Config, dict[str, Any]]:
     description = read_yaml(file)
     if "config" not in description:
         raise ValueError(f"{file} has no key config. The checkpoint is damaged, or the file is no checkpoint's.")
+    for key, kind in {"epoch": int | float, "threshold": int | float, "computed": str}.items():
+        if not isinstance(description.get(key), kind):
+            raise ValueError(f"{file}: {key} is {description.get(key)!r}. The checkpoint is damaged.")
     return config_from_dict(description.pop("config")), description
 
 
@@ -174,7 +179,7 @@ def _load(file: Path) -> Any:
             f"{file} holds something other than weights, which is not loaded: it could run code. "
             "Take the checkpoint anew from where it was made."
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # PyTorch raises whatever the bytes lead its readers to
         reason = (str(error).splitlines() or ["it ends too early"])[0]
         raise ValueError(f"{file} cannot be loaded: {reason}. The checkpoint is incomplete or damaged.") from error
 

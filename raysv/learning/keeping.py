@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import uuid
 from pathlib import Path
 
-from raysv.learning.checkpoint import read_history
+from raysv.learning.checkpoint import load_training_state, read_history
 
 SUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
+DAMAGED = ".damaged"
 
 
 def keep_checkpoint(folder: Path, kept: Path) -> Path:
@@ -26,7 +28,7 @@ def keep_checkpoint(folder: Path, kept: Path) -> Path:
     Raises: OSError when it cannot be written; what was kept before is as it was.
     """
     history = read_history(folder)
-    target = kept / _name(len(history))
+    target = kept_name(kept, len(history))
     if folder == target:
         return target  # what a finished run was resumed from
     aside = target.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
@@ -43,11 +45,17 @@ def keep_checkpoint(folder: Path, kept: Path) -> Path:
                 "before is intact. Make room there, and go on.",
             ) from error
     best = min(history, key=lambda metrics: metrics["dev/eer"])
-    stay = {target.name, _name(len(history) - 1), _name(best["epoch"])}
-    for other in kept.iterdir():
-        if other.name not in stay:
+    stay = {target, kept_name(kept, len(history) - 1), kept_name(kept, best["epoch"])}
+    for other in kept.glob("epoch-*"):
+        # of a later epoch are those of a process that took this one's place; what is damaged is left to be looked at
+        if other.name < target.name and other not in stay and other.suffix != DAMAGED:
             shutil.rmtree(other, ignore_errors=True)
     return target
+
+
+def kept_name(kept: Path, epoch: float) -> Path:
+    """Where the checkpoint of an epoch is kept."""
+    return kept / f"epoch-{epoch:04.0f}"
 
 
 def latest_checkpoint(kept: Path) -> Path | None:
@@ -63,8 +71,9 @@ def newest_intact(kept: Path) -> tuple[Path | None, str]:
     found: list[str] = []
     while (latest := latest_checkpoint(kept)) is not None and (damage := _damage(latest)):
         found.append(f"{latest.name} ({damage})")
-        shutil.rmtree(latest.with_suffix(".damaged"), ignore_errors=True)
-        latest.rename(latest.with_suffix(".damaged"))
+        aside = latest.with_suffix(DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        latest.rename(aside)
     if not found:
         return latest, ""
     then = f"goes on from {latest.name}" if latest else "starts anew"
@@ -92,21 +101,39 @@ def _reach_disk(path: Path) -> None:
 
 
 def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint; empty if nothing is."""
+    """What is wrong with a checkpoint; empty if nothing is.
+
+    Raises: OSError when a file cannot be read for a reason that is none of its content's.
+    """
+    if not (folder / SUMS).is_file():
+        return _unreadable(folder)
     try:
-        for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
-            expected, _, name = line.partition("  ")
-            if _sum(folder / name) != expected:
-                return f"{name} differs from its checksum"
-    except (OSError, ValueError) as error:
-        return f"{error.strerror or error}: {Path(error.filename).name}" if isinstance(error, OSError) else str(error)
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        expected = {name: told for told, _, name in (line.partition("  ") for line in lines)}
+    except UnicodeDecodeError:
+        expected = {}
+    there = {file.name for file in folder.iterdir()} - {SUMS}
+    if missing := sorted(expected.keys() - there):
+        return f"{missing[0]} is missing"
+    if differing := [name for name in sorted(there) if expected.get(name) != _sum(folder / name)]:
+        return f"{differing[0]} differs from its checksum"
+    return ""
+
+
+def _unreadable(folder: Path) -> str:
+    """Without checksums, as earlier revisions left it: whether training can go on from it."""
+    try:
+        load_training_state(folder)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
 def _sum(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-def _name(epoch: float) -> str:
-    return f"epoch-{epoch:04.0f}"
+    try:
+        with file.open("rb") as data:
+            return hashlib.file_digest(data, "sha256").hexdigest()
+    except OSError as error:
+        if error.errno == errno.EIO:  # the disk has lost it
+            return ""
+        raise

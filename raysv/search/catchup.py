@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlflow.entities import Run
@@ -12,7 +12,7 @@ from raysv.search.cards import CONFIRMING, TRIAL_KIND, TrialCard
 from raysv.search.mlflow_store import KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
 from raysv.search.records import TrialRecord
 from raysv.search.results import METRIC
-from raysv.search.runs import StudyRuns
+from raysv.search.runs import WRITTEN, StudyRuns
 from raysv.search.stages import EXPERIMENT, study_card
 from raysv.search.standings import OUTCOME
 from raysv.search.study import Study, started
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def catch_up(study: Study, folder: Path, tracking_uri: str) -> None:
-    """Write to MLflow the trials whose runs are missing there or do not say how they ended.
+    """Write to MLflow the trials whose runs are missing there, or are not written to their end.
 
     A study that has ended well must not end in this: what goes wrong is told.
     """
@@ -37,23 +37,26 @@ def catch_up(study: Study, folder: Path, tracking_uri: str) -> None:
         )
 
 
-def _missed(kind: str, records: Sequence[TrialRecord], folder: Path, tracking_uri: str) -> list[TrialRecord]:
+def _missed(kind: str, records: Sequence[TrialRecord], folder: Path, tracking_uri: str) -> dict[TrialRecord, bool]:
+    """The trials whose runs do not tell their end, and whether each has a run with its configuration."""
     tags = {KIND: kind, STUDY: folder.name, STUDY_ID: started(folder).get("id") or folder.name}
     runs = search_runs(connect(tracking_uri), experiment_id(tracking_uri, EXPERIMENT), tags)
     there = {run.data.tags[TRIAL]: run for run in runs}
-    ended = (record for record in records if record.outcome != "unfinished")
-    return [record for record in ended if not _tells(there.get(record.trial_id), record)]
+    ended = {record: there.get(record.trial_id) for record in records if record.outcome != "unfinished"}
+    return {
+        record: run is not None and WRITTEN in run.data.tags for record, run in ended.items() if not _tells(run, record)
+    }
 
 
 def _tells(run: Run | None, record: TrialRecord) -> bool:
-    if run is None or run.data.tags.get(OUTCOME) != record.outcome:
+    if run is None or run.data.tags.get(OUTCOME) != record.outcome or run.data.tags.get(WRITTEN) != "true":
         return False
     return not record.epoch or run.data.metrics.get(METRIC) == record.eer
 
 
 def _write(
     kind: str,
-    missed: Sequence[TrialRecord],
+    missed: Mapping[TrialRecord, bool],
     records: Sequence[TrialRecord],
     study: Study,
     folder: Path,
@@ -62,9 +65,10 @@ def _write(
     print(f"MLflow missed the end of {len(missed)} of {len(records)} trials; they are written now.", flush=True)
     runs = StudyRuns(study_card(kind, study.space, folder, tracking_uri))
     runs.open()
-    for record in missed:
+    for record, has_started in missed.items():
         card = TrialCard.named(record.name, record.trial_id, record.values)
-        runs.start(card)
+        if not has_started:  # otherwise its tags say which code trained it
+            runs.start(card)
         if record.epoch:
             runs.add_result(card, record.metrics)
         runs.finish(card, record.outcome, record.reason)

@@ -10,18 +10,24 @@ from ray.tune import Callback
 
 from raysv.search.results import error_in
 
-FEW = 3  # trials in a row, each of them tried twice
+FEW = 3  # trials in a row
 
 
 class CommonFault(Callback):
     """Interrupts a study, as Ctrl-C does, when trial after trial dies of the same cause.
 
-    Counted are trials that end, one after the other, with the same exception, numbers and ids in it aside. One that
-    comes to its end, is stopped early or diverges breaks the row: there the fault is not everybody's.
+    Counted are trials that die one after the other with the same exception, whatever paths, numbers and ids it names.
+    One that comes to its end, is stopped early or gives itself up breaks the row; and as long as a trial lives that has
+    reported since the row began, the fault is not everybody's.
     """
 
     def __init__(self) -> None:
         self._cause, self._row = "", 0
+        self._well: set[str] = set()  # trials that have reported since the row began, and live
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        """A trial that trains."""
+        self._well.add(trial.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial that ended otherwise."""
@@ -30,9 +36,14 @@ class CommonFault(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial that died for good."""
         told = error_in(trial.error_file)
-        cause = re.sub(r"\b(?=\w*\d)\w+\b", "#", told)
-        self._row = self._row + 1 if cause == self._cause else 1
-        self._cause = cause
-        if self._row == FEW:
-            print(f"Stopping: {FEW} trials in a row died of the same cause. Mend it and go on.\n  {told}", flush=True)
+        cause = re.sub(r"\S*/\S*|\b\w*\d\w*\b", "#", told)
+        if cause != self._cause:
+            self._cause, self._row = cause, 0
+            self._well.clear()
+        self._row += 1
+        self._well.discard(trial.trial_id)
+        if self._row >= FEW and not self._well:
+            print(f"Stopping: {self._row} trials in a row died of the same cause. Mend it and go on.", flush=True)
+            print(f"  {told}", flush=True)
+            self._row = 0
             signal.raise_signal(signal.SIGINT)

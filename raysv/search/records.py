@@ -17,7 +17,7 @@ TUNE_SNAPSHOTS = "experiment_state-*.json"  # in Tune's folder, one by each driv
 ERROR_FILE = "error.txt"  # Tune's report of what a trial died of, in the trial's folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrialRecord:
     """One trial as it ended.
 

@@ -15,10 +15,17 @@ METRIC = "dev/eer"  # what a search minimises, a fraction; 0.5 is chance
 SECOND = {"min_dcf": "dev/min_dcf_0.01", "cost": "speed/epoch_seconds"}  # what may be minimised beside it
 NOTICE = "notice"  # a sentence in a result: what its trial met with and mended
 TIME = "epoch"  # its time axis, from 1; Tune's training_iteration restarts at 1 whenever a trial is resumed
+CHANCE = 0.5  # the EER of an encoder that was not trained: it tells speakers apart by guessing
+NO_ROOM = "Out of memory with a batch of"  # what a worker's error says, wherever it is told
 BOOKKEEPING = {  # Tune's own numbers in a result; time_total_s is kept
     *("training_iteration", "iterations_since_restore", "time_this_iter_s", "time_since_restore"),
     *("timesteps_total", "episodes_total", "timesteps_since_restore", "timestamp", "pid", TIME),
 }
+
+
+def failure(epoch: int, reason: str) -> dict[str, Any]:
+    """The result of a trial that gives itself up in an epoch: as good as guessing, in each objective."""
+    return {TIME: epoch, METRIC: CHANCE, SECOND["min_dcf"]: 1.0, "failure": reason}
 
 
 def metrics_by_epoch(result: Mapping[str, Any]) -> dict[int, dict[str, float]]:

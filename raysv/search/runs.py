@@ -15,6 +15,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from raysv.config import dump_yaml, flatten, with_values
 from raysv.learning.checkpoint import SCORES, TRAINING_STATE, describe_checkpoint
+from raysv.learning.keeping import kept_name
 from raysv.search.cards import TRIAL_KIND, StudyCard, TrialCard
 from raysv.search.figures import det_figure, read_det
 from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
@@ -25,6 +26,7 @@ from raysv.search.wording import markdown, show_value
 
 ERROR, BEST_TRIAL = "raysv.error", "raysv.best_trial"  # tags
 CHECKPOINT, COMPUTED = "raysv.checkpoint", "raysv.computed"  # the best one's folder; device and format
+WRITTEN = "raysv.written"  # the last thing that is told of a trial: all of it is there
 NOTICED = "raysv.notice"  # what a trial met with and mended
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "error": "FAILED"}  # KILLED would show the same cross as FAILED
 NOT_UPLOADED = (TRAINING_STATE, SCORES)  # large, and only needed to go on training where the checkpoint lies
@@ -98,7 +100,8 @@ class StudyRuns:
         known.params |= {param.key for param in params}
         header = f"{card.name} ({card.trial_id}) of {self._card.name}"
         self._client.log_text(known.run_id, dump_yaml(tree | {"resources": self._card.resources}, header), CONFIG_FILE)
-        own = {OUTCOME: "running", ERROR: ""} | ({"raysv.seed": str(values[SEED])} if SEED in values else {})
+        own = {OUTCOME: "running", ERROR: "", WRITTEN: ""}
+        own |= {"raysv.seed": str(values[SEED])} if SEED in values else {}
         self._client.log_batch(known.run_id, tags=_run_tags(self._tags | own))
         self._client.update_run(known.run_id, status="RUNNING")
 
@@ -110,7 +113,9 @@ class StudyRuns:
     def add_result(self, card: TrialCard, result: Mapping[str, Any]) -> None:
         """The metrics of an epoch, and of epochs before it that were trained while no driver listened."""
         known, epochs, now = self._known(card), metrics_by_epoch(result), int(1000 * time.time())
-        for step in sorted(epochs.keys() - known.curve.keys()):
+        # an epoch that was trained again, on another machine, may have come to another value
+        new = (step for step, told in epochs.items() if known.curve.get(step) != told.get(METRIC, math.inf))
+        for step in sorted(new):
             metrics = [Metric(key, value, now, step) for key, value in epochs[step].items()]
             self._client.log_batch(known.run_id, metrics=metrics)
             known.curve[step] = epochs[step].get(METRIC, math.inf)
@@ -142,11 +147,11 @@ class StudyRuns:
         known = self._known(card)
         if report and report.is_file():
             self._client.log_artifact(known.run_id, str(report))
-        there = [(eer, Path(folder)) for eer, folder in known.checkpoints if Path(folder).is_dir()]
-        if there:
-            _, best = min(there, key=lambda checkpoint: checkpoint[0])
+        if best := _best_kept(known):
+            self._client.set_tag(known.run_id, CHECKPOINT, str(best))
             self._client.set_tag(known.run_id, COMPUTED, describe_checkpoint(best)[1]["computed"])
             self._upload(known.run_id, best, card.name)
+        self._client.set_tag(known.run_id, WRITTEN, "true")
 
     def summarise(self) -> None:
         """How the search stands, on the study's run: counts and the best EER over time, a table of the best trials."""
@@ -242,6 +247,16 @@ class StudyRuns:
         ]
         table = markdown(["trial", "EER %", *keys], rows) if rows else ""
         return "\n\n".join(filter(None, (self._card.description, table)))
+
+
+def _best_kept(known: _Known) -> Path | None:
+    """Of a trial's checkpoints that are there, the one of its lowest EER: told of, or beside one that was."""
+    told = {Path(folder): eer for eer, folder in known.checkpoints}
+    beside = {
+        kept_name(folder.parent, epoch): eer for folder in list(told)[-1:] for epoch, eer in sorted(known.curve.items())
+    }
+    there = {folder: eer for folder, eer in (beside | told).items() if folder.is_dir()}
+    return min(there, key=there.__getitem__, default=None)
 
 
 def _run_tags(tags: Mapping[str, str]) -> list[RunTag]:

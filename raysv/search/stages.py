@@ -112,10 +112,11 @@ def confirmation_stage(space: Space, folder: Path, chosen: Sequence[Candidate]) 
     )
 
 
-def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_uri: str, *, resume: bool) -> None:
+def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_uri: str, *, resume: bool) -> bool:
     """Run a stage to its end, or go on with it.
 
-    Raises: KeyboardInterrupt at the second Ctrl-C; the first ends the stage in order.
+    Returns: whether it was interrupted: the first Ctrl-C ends a stage in order.
+    Raises: KeyboardInterrupt at the second one.
     """
     trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
     if resume:
@@ -128,7 +129,8 @@ def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_ur
     before = signal.getsignal(signal.SIGINT)
     try:
         tuner.fit()
-    finally:  # Tune leaves its handler, to which the next stage's would hand a second Ctrl-C on
+        return signal.getsignal(signal.SIGINT) is before  # Tune puts its own there, until the first Ctrl-C
+    finally:  # left there, the next stage's would hand a second Ctrl-C on to it
         signal.signal(signal.SIGINT, before)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import ray.tune
 
 from raysv.config import config_to_dict
-from raysv.search.desk import Task
+from raysv.search.desk import Result, Task
+from raysv.search.results import NO_ROOM, TIME, failure
 from raysv.search.space import Space
 
 # Of Tune: how long a stopped trial has to leave its process to the next one; if it has not by then, that one fails.
@@ -74,12 +75,25 @@ def run_trial(values: dict[str, Any], job: Job) -> None:
         tests=job.tests,
         checked=job.checked,
     )
+    epochs = [0]  # that were reported
+
+    def report(result: Result) -> None:
+        epochs.append(int(result[TIME]))
+        ray.tune.report(result)
+
     # imported where needed: a lone worker's process can do without Ray Train
-    if resources.workers == 1:
-        from raysv.search.worker import train_alone
+    try:
+        if resources.workers == 1:
+            from raysv.search.worker import train_alone
 
-        train_alone(task, ray.tune.report, gpu=bool(job.gpus_per_worker))
-    else:
-        from raysv.search.team import team_of
+            train_alone(task, report, gpu=bool(job.gpus_per_worker))
+        else:
+            from raysv.search.team import team_of
 
-        team_of(resources.workers, tuple(job.worker_resources.items()), job.storage).train(task, ray.tune.report)
+            team_of(resources.workers, tuple(job.worker_resources.items()), job.storage).train(task, report)
+    except RuntimeError as error:
+        if NO_ROOM not in str(error):
+            raise
+        # an answer, not an accident: trying again would not fit either, and the search is to learn from it
+        reason = next(line for line in str(error).splitlines() if NO_ROOM in line)
+        report(failure(epochs[-1] + 1, reason[reason.index(NO_ROOM) :]))

@@ -112,11 +112,12 @@ def _drive(
         if not resume:
             _forget_confirmation(folder)
         study = read_study(folder)
+        interrupted = False
         if not resume or study.unsearched or study.broken:
             stage = search_stage(space, folder, earlier)
-            run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=resume)
+            interrupted = run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=resume)
             study = read_study(folder)
-        if confirms := study.unconfirmed:
+        if confirms := study.unconfirmed and not interrupted:
             print(f"\n{study.table()}\n\n{_announce(study)}", flush=True)
             note_start(folder, candidates=[vars(candidate) for candidate in study.candidates])
             stage = confirmation_stage(space, folder, study.candidates)

@@ -20,9 +20,7 @@ from raysv.distributed import agree, rank, world_size
 from raysv.learning.keeping import keep_checkpoint, newest_intact
 from raysv.learning.training import DivergedError, Metrics, fit
 from raysv.search.desk import Result, StoppedError, Task
-from raysv.search.results import METRIC, NOTICE, SECOND, TIME
-
-CHANCE = 0.5  # the EER of an encoder that has diverged: it tells speakers apart by guessing
+from raysv.search.results import NO_ROOM, NOTICE, TIME, failure
 
 
 class NoRoomError(RuntimeError):
@@ -53,7 +51,7 @@ def train(task: Task, report: Callable[[Result], None], device: torch.device) ->
         fit(config, keep_and_report, device=device, resume=latest, tests=task.tests, checked=task.checked)
     except DivergedError as error:
         # an answer, not an accident: trying again would diverge again, and the search is to learn from it
-        report({TIME: error.epoch, METRIC: CHANCE, SECOND["min_dcf"]: 1.0, "failure": str(error)})
+        report(failure(error.epoch, str(error)))
     except (RuntimeError, MemoryError) as error:
         if not _ran_out_of_memory(error):
             raise
@@ -73,7 +71,7 @@ def _no_room(config: Config, device: torch.device) -> str:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = f"the process had {peak / 1e9:.1f} GB at most"
     return (
-        f"Out of memory with a batch of {batch.speakers} speakers × {batch.utterances_per_speaker} utterances × "
+        f"{NO_ROOM} {batch.speakers} speakers × {batch.utterances_per_speaker} utterances × "
         f"{batch.views} views of {batch.crop_seconds:g} s on {world_size()} worker(s): {memory}. Lower batch.speakers, "
         "batch.crop_seconds or model.channels, or raise resources.workers."
     )
