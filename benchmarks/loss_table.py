@@ -24,7 +24,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from raysv.config import config_from_dict
 from raysv.learning.training import DivergedError, Metrics, fit
@@ -133,12 +135,49 @@ def append(rows: list[dict[str, Any]], table: Path = TABLE) -> None:
         file.write(text)
 
 
+def summary(table: Path = TABLE) -> str:
+    """What the finished runs say: the best settings, each value's mean, and how early an epoch tells the last."""
+    done = finished(table)
+    curves: dict[Run, dict[int, dict[str, str]]] = {}
+    with table.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            run = tuple(float(row[key]) for key in GRID), int(row["seed"])
+            if run in done:
+                curves.setdefault(run, {})[int(row["epoch"])] = row
+    dev = {run: 100 * np.array([float(curve[epoch + 1]["dev_eer"]) for epoch in range(EPOCHS)])
+           for run, curve in curves.items()}  # fmt: skip
+    last = {run: curve[-1] for run, curve in dev.items()}
+    means: dict[Setting, list[float]] = {}
+    for (setting, _), eer in last.items():
+        means.setdefault(setting, []).append(eer)
+    ranked = sorted((float(np.mean(eers)), setting) for setting, eers in means.items())
+    lines = [f"{len(done)} runs of {len(means)} settings; EER in % on the dev pairs after epoch {EPOCHS}", ""]
+    lines += [f"best: {mean:5.2f}  {dict(zip(GRID, setting, strict=True))}" for mean, setting in ranked[:5]]
+    lines += [f"paper: {mean:.2f}" for mean, setting in ranked if setting == (0.2, 30.0, 0.07, 0.5)]
+    lines += [f"worst: {ranked[-1][0]:4.2f}  {dict(zip(GRID, ranked[-1][1], strict=True))}", ""]
+    for place, (key, values) in enumerate(GRID.items()):
+        by_value = {value: [eer for (run, _), eer in last.items() if run[place] == value] for value in values}
+        told = (f"{value:g}: {np.mean(eers):.2f}" for value, eers in by_value.items())
+        lines.append(f"mean by {key:11}  {'   '.join(told)}")
+    matrix = np.array(list(dev.values()))
+    told = (f"{epoch}: {spearmanr(matrix[:, epoch - 1], matrix[:, -1])[0]:.2f}" for epoch in (1, 2, 3, 4, 6, 9, 12, 18))
+    lines += ["", f"rank correlation of an epoch's EER with the last one's   {'   '.join(told)}"]
+    for name in TESTS:
+        tested = [100 * float(curve[EPOCHS][name]) for curve in curves.values()]
+        lines.append(f"rank correlation of dev with {name:16} {spearmanr(list(last.values()), tested)[0]:.2f}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Train what is missing, as long as there is time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after so long")
+    parser.add_argument("--show", action="store_true", help="train nothing, tell what is there")
     arguments = parser.parse_args()
+    if arguments.show:
+        print(summary())
+        return
     if not (root := os.environ.get("RAYSV_DATA")):
         raise SystemExit("RAYSV_DATA must name the pack of real speech.")
     done = finished()

@@ -200,6 +200,29 @@ def test_a_trial_that_only_the_search_knew_before_a_kill_is_forgotten_and_its_po
     assert search.suggest("b") is None
 
 
+def test_a_trial_that_tune_noted_after_the_search_was_saved_goes_on_and_is_not_tried_again(
+    storage: str, tmp_path: Path
+) -> None:
+    search = proposals(storage)
+    assert search.set_max_concurrency(2)
+    search.suggest("a")
+    search.save(str(tmp_path / "snapshot"))
+    values = {name: search.suggest(name) for name in ("a", "b")}
+    trials = [{"trial_id": name, "status": "RUNNING", "config": config} for name, config in values.items()]
+    trial_data = [[json.dumps(trial), "{}"] for trial in trials]
+    (tmp_path / "experiment_state-1.json").write_text(json.dumps({"trial_data": trial_data}))
+
+    search = killed_and_restored(search, storage, tmp_path / "snapshot")
+    assert [trial.state for trial in stored(storage)] == [TrialState.RUNNING] * 2
+    assert search.suggest("b") == values["b"] and search.suggest("c") is None
+    assert values["b"] is not None
+    for epoch in range(1, EPOCHS + 1):
+        last = result(epoch, 0.1, **in_config(values["b"]))
+        search.on_trial_result("b", last)
+    search.on_trial_complete("b", last)
+    assert [trial.state for trial in stored(storage)] == [TrialState.RUNNING, TrialState.COMPLETE]
+
+
 def test_a_trial_that_ended_in_tune_after_the_search_was_saved_leaves_its_place(storage: str, tmp_path: Path) -> None:
     search = proposals(storage)
     assert search.set_max_concurrency(1)

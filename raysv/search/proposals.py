@@ -136,14 +136,26 @@ class OptunaProposals(OptunaSearch):
         super().restore(checkpoint_path)
         if (in_tune := _trials_in_tune(Path(checkpoint_path).parent)) is not None:
             # either file may be the older one
-            self._live &= {name for name, status in in_tune.items() if status not in (Trial.TERMINATED, Trial.ERROR)}
+            self._live &= {name for name, (status, _) in in_tune.items() if status not in _OVER}
             for forgotten in self._ot_trials.keys() - in_tune.keys():
                 del self._ot_trials[forgotten]
+            for name, (status, values) in in_tune.items():
+                if name not in self._ot_trials and status not in _OVER:
+                    self._adopt(name, values)
         remembered = {trial.number for trial in self._ot_trials.values()}
         for trial in self._known():
             if trial.state == TrialState.RUNNING and trial.number not in remembered:
                 self._study.tell(trial.number, state=TrialState.FAIL)
                 self._study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
+
+    def _adopt(self, name: str, values: dict[str, Any]) -> None:
+        """Find a trial that Tune noted and the search's snapshot, being older, had not: it goes on as it was."""
+        remembered = {trial.number for trial in self._ot_trials.values()}
+        for trial in self._known():
+            if trial.state == TrialState.RUNNING and trial.number not in remembered and trial.params == values:
+                self._ot_trials[name] = optuna.Trial(self._study, trial._trial_id)
+                self._live.add(name)
+                return
 
     @property
     def _study(self) -> optuna.Study:
@@ -178,13 +190,16 @@ class OptunaProposals(OptunaSearch):
         )
 
 
-def _trials_in_tune(folder: Path) -> dict[str, str] | None:
-    """The ids of the trials in Tune's newest snapshot in a folder and how they stand; none without a snapshot."""
+_OVER = (Trial.TERMINATED, Trial.ERROR)
+
+
+def _trials_in_tune(folder: Path) -> dict[str, tuple[str, dict[str, Any]]] | None:
+    """By id, how the trials in Tune's newest snapshot in a folder stand and what they try; none without a snapshot."""
     newest = max(folder.glob(TUNE_SNAPSHOTS), default=None)
     if newest is None:
         return None
     trials = (json.loads(trial) for trial, _ in json.loads(newest.read_text(encoding="utf-8"))["trial_data"])
-    return {trial["trial_id"]: trial["status"] for trial in trials}
+    return {trial["trial_id"]: (trial["status"], trial.get("config", {})) for trial in trials}
 
 
 def _patience(storage: str) -> dict[str, Any]:
