@@ -34,6 +34,15 @@ def test_an_address_with_a_password_is_refused_and_the_password_not_repeated(uri
     assert "hidden" not in str(caught.value)
 
 
+def test_a_new_database_is_made_whole_beside_no_remains(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    mlflow_store.check(uri)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["mlflow.db"]
+    experiment = mlflow_store.experiment_id(uri, "raysv")
+    mlflow_store.check(uri)
+    assert mlflow_store.experiment_id(uri, "raysv") == experiment
+
+
 def test_the_default_is_a_file_in_the_folder_unless_the_environment_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,25 +53,36 @@ def assert_mlflow_agrees(uri: str, folder: Path) -> None:
 
 
 def test_a_driver_that_is_killed_ten_times_ends_with_the_trials_asked_for(desk: Desk) -> None:
-    wanted, when = 10, random.Random(0)
+    wanted, when, killed, said = 24, random.Random(0), 0, ""
     folder, uri = desk.folder / "results" / "often", f"sqlite:///{desk.folder / 'mlflow.db'}"
     finished: dict[str, tuple[str, float]] = {}
     command = ["space.yaml", "--name", "often", "--set", f"search.trials={wanted}"]
-    for kill in range(10):
+    while killed < 10:
         driver = desk.open("tune.py", *command)
-        if kill % 2:  # otherwise at any moment, while it starts as well
-            printed_until(driver, f"epoch {when.randint(1, EPOCHS)}/{EPOCHS}")
-        time.sleep(when.uniform(0, 2) if kill % 2 else when.uniform(2, 14))
+        assert driver.stdout is not None
+        if killed % 2:  # otherwise at any moment, while it starts as well
+            said = ""
+            for line in driver.stdout:
+                said += line
+                if "  epoch " in line:
+                    break
+        time.sleep(when.uniform(0, 1) if killed % 2 else when.uniform(2, 9))
+        if driver.poll() is not None:
+            said += driver.communicate()[0]
+            break  # a fast machine: it came to its end
         driver.kill()
         driver.communicate()
+        killed += 1
         if (folder / "space.yaml").exists():
             command = ["--resume", "often"]
             ended = [trial for trial in read_study(folder).trials if trial.outcome in ("complete", "pruned")]
             finished |= {trial.trial_id: (trial.outcome, trial.eer) for trial in ended}
+    assert killed >= 5, said
     words = desk.run("tune.py", *command)
     rows = {row["trial_id"]: (row["outcome"], float(row["dev_eer"])) for row in trials_of(folder)}
     assert len(rows) == len(trials_of(folder)) == wanted, words
     assert {outcome for outcome, _ in rows.values()} <= {"complete", "pruned"}
+    assert len({row["loss.margin"] for row in trials_of(folder)}) == wanted, "values are tried twice"
     assert finished and finished.items() <= rows.items()
     assert_mlflow_agrees(uri, folder)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,12 +64,25 @@ def check(uri: str) -> None:
             _knock(f"{uri.rstrip('/')}/health")
         elif database := _database(uri):
             database.parent.mkdir(parents=True, exist_ok=True)
+            if not database.exists():
+                _make(database)
         connect(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow lets those of SQLAlchemy, requests and the file system through
         raise ValueError(
             f"MLflow cannot be used at {uri}: {first_line(error)}. Start the server, correct the address, or "
             "unset MLFLOW_TRACKING_URI to write to an SQLite file beside the study."
         ) from error
+
+
+def _make(database: Path) -> None:
+    """MLflow's tables, all or none: with those that a killed process had made it could not go on."""
+    partial = database.with_name(f"{database.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        connect(f"sqlite:///{partial}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(partial, database)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _without_password(uri: str) -> str:
