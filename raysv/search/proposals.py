@@ -140,21 +140,26 @@ class OptunaProposals(OptunaSearch):
             for forgotten in self._ot_trials.keys() - in_tune.keys():
                 del self._ot_trials[forgotten]
             for name, (status, values) in in_tune.items():
-                if name not in self._ot_trials and status not in _OVER:
-                    self._adopt(name, values)
+                if name not in self._ot_trials:
+                    self._adopt(name, values, over=status in _OVER)
         remembered = {trial.number for trial in self._ot_trials.values()}
         for trial in self._known():
             if trial.state == TrialState.RUNNING and trial.number not in remembered:
                 self._study.tell(trial.number, state=TrialState.FAIL)
                 self._study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
 
-    def _adopt(self, name: str, values: dict[str, Any]) -> None:
-        """Find a trial that Tune noted and the search's snapshot, being older, had not: it goes on as it was."""
+    def _adopt(self, name: str, values: dict[str, Any], over: bool) -> None:
+        """Find a trial that Tune noted and the older snapshot of the search did not: it is what it is in Tune."""
         remembered = {trial.number for trial in self._ot_trials.values()}
         for trial in self._known():
             if trial.state == TrialState.RUNNING and trial.number not in remembered and trial.params == values:
                 self._ot_trials[name] = optuna.Trial(self._study, trial._trial_id)
-                self._live.add(name)
+                if over:
+                    whole = trial.intermediate_values.get(self._epochs)
+                    state = TrialState.PRUNED if whole is None else TrialState.COMPLETE
+                    self._study.tell(trial.number, whole, state)
+                else:
+                    self._live.add(name)
                 return
 
     @property
