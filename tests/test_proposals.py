@@ -180,6 +180,7 @@ def test_a_trial_that_tune_forgot_in_a_kill_failed_and_its_point_is_tried_again(
     assert [trial.state for trial in waiting] == [TrialState.WAITING, TrialState.WAITING]
     assert search.suggest("a") == {"loss.margin": 0.2, "loss.scale": 30.0}
     assert search.suggest("b") == drawn.params  # a proposal that nobody tried is as good as ever
+    assert search.suggest("c") != drawn.params  # and need not be drawn again
 
 
 def test_a_trial_that_only_the_search_knew_before_a_kill_is_forgotten_and_its_point_is_tried_again(

@@ -82,6 +82,7 @@ def test_a_driver_that_is_killed_ten_times_ends_with_the_trials_asked_for(desk: 
     rows = {row["trial_id"]: (row["outcome"], float(row["dev_eer"])) for row in trials_of(folder)}
     assert len(rows) == len(trials_of(folder)) == wanted, words
     assert {outcome for outcome, _ in rows.values()} <= {"complete", "pruned"}
+    assert len({row["loss.margin"] for row in trials_of(folder)}) == wanted, "values are tried twice"
     assert finished and finished.items() <= rows.items()
     assert_mlflow_agrees(uri, folder)
 

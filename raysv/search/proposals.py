@@ -143,10 +143,14 @@ class OptunaProposals(OptunaSearch):
                 if name not in self._ot_trials:
                     self._adopt(name, values, over=status in _OVER)
         remembered = {trial.number for trial in self._ot_trials.values()}
-        for trial in self._known():
-            if trial.state == TrialState.RUNNING and trial.number not in remembered:
-                self._study.tell(trial.number, state=TrialState.FAIL)
-                self._study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
+        lost = [
+            trial for trial in self._known() if trial.state == TrialState.RUNNING and trial.number not in remembered
+        ]
+        for trial in lost:
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            self._study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
+        if lost:
+            self._study.sampler.reseed_rng()  # as it was saved it would draw the same values once more
 
     def _adopt(self, name: str, values: dict[str, Any], over: bool) -> None:
         """Find a trial that Tune noted and the older snapshot of the search did not: it is what it is in Tune."""
