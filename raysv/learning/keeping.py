@@ -28,7 +28,7 @@ def keep_checkpoint(folder: Path, kept: Path) -> Path:
     Raises: OSError when it cannot be written; what was kept before is as it was.
     """
     history = read_history(folder)
-    target = kept_name(kept, len(history))
+    target = epoch_folder(kept, len(history))
     if folder == target:
         return target  # what a finished run was resumed from
     aside = target.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
@@ -45,7 +45,7 @@ def keep_checkpoint(folder: Path, kept: Path) -> Path:
                 "before is intact. Make room there, and go on.",
             ) from error
     best = min(history, key=lambda metrics: metrics["dev/eer"])
-    stay = {target, kept_name(kept, len(history) - 1), kept_name(kept, best["epoch"])}
+    stay = {target, epoch_folder(kept, len(history) - 1), epoch_folder(kept, best["epoch"])}
     for other in kept.glob("epoch-*"):
         # of a later epoch are those of a process that took this one's place; what is damaged is left to be looked at
         if other.name < target.name and other not in stay and other.suffix != DAMAGED:
@@ -53,7 +53,7 @@ def keep_checkpoint(folder: Path, kept: Path) -> Path:
     return target
 
 
-def kept_name(kept: Path, epoch: float) -> Path:
+def epoch_folder(kept: Path, epoch: float) -> Path:
     """Where the checkpoint of an epoch is kept."""
     return kept / f"epoch-{epoch:04.0f}"
 

@@ -15,7 +15,7 @@ from raysv.search.results import METRIC
 from raysv.search.runs import WRITTEN, StudyRuns
 from raysv.search.stages import EXPERIMENT, study_card
 from raysv.search.standings import OUTCOME
-from raysv.search.study import Study, started
+from raysv.search.study import Study, study_id
 from raysv.search.wording import first_line
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def catch_up(study: Study, folder: Path, tracking_uri: str) -> None:
 
 def _missed(kind: str, records: Sequence[TrialRecord], folder: Path, tracking_uri: str) -> dict[TrialRecord, bool]:
     """The trials whose runs do not tell their end, and whether each has a run with its configuration."""
-    tags = {KIND: kind, STUDY: folder.name, STUDY_ID: started(folder).get("id") or folder.name}
+    tags = {KIND: kind, STUDY: folder.name, STUDY_ID: study_id(folder)}
     runs = search_runs(connect(tracking_uri), experiment_id(tracking_uri, EXPERIMENT), tags)
     there = {run.data.tags[TRIAL]: run for run in runs}
     ended = {record: there.get(record.trial_id) for record in records if record.outcome != "unfinished"}

@@ -142,21 +142,22 @@ class OptunaProposals(OptunaSearch):
             for name, (status, values) in in_tune.items():
                 if name not in self._ot_trials:
                     self._adopt(name, values, over=status in _OVER)
-        remembered = {trial.number for trial in self._ot_trials.values()}
-        lost = [
-            trial for trial in self._known() if trial.state == TrialState.RUNNING and trial.number not in remembered
-        ]
+        lost = self._unclaimed()
         for trial in lost:
             self._study.tell(trial.number, state=TrialState.FAIL)
             self._study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
         if lost:
             self._study.sampler.reseed_rng()  # as it was saved it would draw the same values once more
 
+    def _unclaimed(self) -> list[FrozenTrial]:
+        """Trials that run for Optuna and belong to none of Tune's."""
+        claimed = {trial.number for trial in self._ot_trials.values()}
+        return [trial for trial in self._known() if trial.state == TrialState.RUNNING and trial.number not in claimed]
+
     def _adopt(self, name: str, values: dict[str, Any], over: bool) -> None:
         """Find a trial that Tune noted and the older snapshot of the search did not: it is what it is in Tune."""
-        remembered = {trial.number for trial in self._ot_trials.values()}
-        for trial in self._known():
-            if trial.state == TrialState.RUNNING and trial.number not in remembered and trial.params == values:
+        for trial in self._unclaimed():
+            if trial.params == values:
                 self._ot_trials[name] = optuna.Trial(self._study, trial._trial_id)
                 if over:
                     whole = trial.intermediate_values.get(self._epochs)

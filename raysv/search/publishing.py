@@ -14,7 +14,7 @@ from raysv.search.page import REPORT_FILE, Report, make_report
 from raysv.search.runs import BEST_TRIAL
 from raysv.search.stages import EXPERIMENT
 from raysv.search.standings import BEST
-from raysv.search.study import BEST_FILE, Study, started
+from raysv.search.study import BEST_FILE, Study, study_id
 from raysv.search.wording import first_line
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def _crown(client: MlflowClient, experiment: str, study_tags: dict[str, str], wi
 
 def _upload(study: Study, report: Report, folder: Path, tracking_uri: str) -> None:
     client = connect(tracking_uri)
-    tags = {KIND: "study", STUDY: folder.name, STUDY_ID: started(folder).get("id") or folder.name}
+    tags = {KIND: "study", STUDY: folder.name, STUDY_ID: study_id(folder)}
     experiment = experiment_id(tracking_uri, EXPERIMENT)
     if study.confirmation:
         _crown(client, experiment, tags, study.confirmation.winner.name)

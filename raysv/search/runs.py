@@ -15,7 +15,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from raysv.config import dump_yaml, flatten, with_values
 from raysv.learning.checkpoint import SCORES, TRAINING_STATE, describe_checkpoint
-from raysv.learning.keeping import kept_name
+from raysv.learning.keeping import epoch_folder
 from raysv.search.cards import TRIAL_KIND, StudyCard, TrialCard
 from raysv.search.figures import det_figure, read_det
 from raysv.search.mlflow_store import CONFIG_FILE, KIND, STUDY, STUDY_ID, TRIAL, connect, experiment_id, search_runs
@@ -253,7 +253,9 @@ def _best_kept(known: _Known) -> Path | None:
     """Of a trial's checkpoints that are there, the one of its lowest EER: told of, or beside one that was."""
     told = {Path(folder): eer for eer, folder in known.checkpoints}
     beside = {
-        kept_name(folder.parent, epoch): eer for folder in list(told)[-1:] for epoch, eer in sorted(known.curve.items())
+        epoch_folder(folder.parent, epoch): eer
+        for folder in list(told)[-1:]
+        for epoch, eer in sorted(known.curve.items())
     }
     there = {folder: eer for folder, eer in (beside | told).items() if folder.is_dir()}
     return min(there, key=there.__getitem__, default=None)

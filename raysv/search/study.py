@@ -265,6 +265,11 @@ def started(folder: Path) -> dict[str, Any]:
     return read_yaml(folder / STARTED_FILE) if (folder / STARTED_FILE).exists() else {}
 
 
+def study_id(folder: Path) -> str:
+    """What tells a study from others of its name, in MLflow."""
+    return str(started(folder).get("id") or folder.name)
+
+
 def find_study(results: Path, name: str) -> Path:
     """The folder of a study: given as such, by its name, or by that of its space: the newest one that has run.
 
