@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fast-test lint types constraints clean
+.PHONY: demo test fast-test fuzz lint types constraints clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m raysv.tune search_spaces/demo.yaml
@@ -14,6 +14,9 @@ test: $(VENV)/installed-test
 
 fast-test: $(VENV)/installed-test  # everything that does not start Ray
 	$(BIN)/pytest -m "not slow"
+
+fuzz: $(VENV)/installed-test  # every parser for a minute
+	$(BIN)/python tests/fuzz.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

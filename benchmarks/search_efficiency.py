@@ -51,11 +51,13 @@ Setting = tuple[int, ...]  # the place of each value in its list
 
 @dataclass(frozen=True)
 class Way:
-    """A way of searching; `published`, whether the paper's setting is tried first."""
+    """A way of searching; `published`, whether the paper's setting is tried first; None is raysv's default."""
 
     sampler: str
     early_stopping: str
     published: bool = True
+    grace_epochs: int | None = None
+    reduction_factor: int | None = None
 
 
 WAYS = {
@@ -135,8 +137,8 @@ def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
     rule = make_rule(
         way.early_stopping,
         epochs=EPOCHS,
-        grace_epochs=defaults.grace_epochs,
-        reduction_factor=defaults.search.reduction_factor,
+        grace_epochs=way.grace_epochs or defaults.grace_epochs,
+        reduction_factor=way.reduction_factor or defaults.search.reduction_factor,
     )
     if rule:
         rule.set_search_properties(METRIC, "min")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from desk_fixtures import EPOCHS, Desk, printed_until, trials_of
+from desk_fixtures import EPOCHS, SOURCE, Desk, printed_until, trials_of
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -57,16 +57,18 @@ def test_a_driver_that_is_killed_ten_times_ends_with_the_trials_asked_for(desk: 
     folder, uri = desk.folder / "results" / "often", f"sqlite:///{desk.folder / 'mlflow.db'}"
     finished: dict[str, tuple[str, float]] = {}
     command = ["space.yaml", "--name", "often", "--set", f"search.trials={wanted}"]
+    # seconds after what it prints, or after its start; two after a trial's end Tune has noted that
+    moments = (("", 2, 9), ("  epoch ", 0, 1), (f" of {wanted} trials ended", 2, 4))
     while killed < 10:
-        driver = desk.open("tune.py", *command)
+        driver, (words, *seconds) = desk.open("tune.py", *command), moments[killed % len(moments)]
         assert driver.stdout is not None
-        if killed % 2:  # otherwise at any moment, while it starts as well
+        if words:
             said = ""
             for line in driver.stdout:
                 said += line
-                if "  epoch " in line:
+                if words in line:
                     break
-        time.sleep(when.uniform(0, 1) if killed % 2 else when.uniform(2, 9))
+        time.sleep(when.uniform(*seconds))
         if driver.poll() is not None:
             said += driver.communicate()[0]
             break  # a fast machine: it came to its end
@@ -165,6 +167,102 @@ def test_what_an_outage_took_that_outlasts_the_study_is_written_when_it_is_asked
     assert "MLflow missed the end of 2 of 2 trials" in words and "is complete" in words
     assert_mlflow_agrees(server.uri, desk.folder / "results" / "outlasted")
     assert "MLflow missed" not in desk.run("tune.py", "--resume", "outlasted")
+
+
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+
+
+@pytest.mark.skipif(not FAKETIME.exists(), reason="the clock can only be turned with libfaketime (apt: faketime)")
+def test_a_clock_that_jumps_disturbs_nothing(desk: Desk) -> None:
+    turned = desk.folder / "clock"
+    variables = {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(turned),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # nor does a real clock that is set
+    }
+    options = ["--name", "clock", "--set", "search.trials=6", "--set", "search.concurrent_trials=1"]
+    options += ["--set", "search.early_stopping=none"]
+    turned.write_text("+0")
+    driver = desk.open("tune.py", "space.yaml", *options, **variables)
+    printed_until(driver, f"t000  epoch 1/{EPOCHS}")
+    turned.write_text("+2d")
+    printed_until(driver, f"t001  epoch 1/{EPOCHS}")
+    turned.write_text("-400d")
+    printed_until(driver, "3 of 6 trials ended")
+    time.sleep(2)  # Tune notes it
+    driver.kill()
+    driver.communicate()
+    folder = desk.folder / "results" / "clock"
+    ended = {trial.trial_id: trial.eer for trial in read_study(folder).trials if trial.outcome == "complete"}
+    assert len(ended) >= 3
+    turned.write_text("-800d")  # what this driver writes has an older date than what the first one left
+    driver = desk.open("tune.py", "--resume", "clock", **variables)
+    printed_until(driver, "5 of 6 trials ended")
+    time.sleep(2)
+    driver.kill()
+    driver.communicate()
+    assert sum(trial.outcome == "complete" for trial in read_study(folder).trials) >= 5
+    desk.run("tune.py", "--resume", "clock")
+    rows = trials_of(folder)
+    assert [row["outcome"] for row in rows] == ["complete"] * 6
+    assert ended.items() <= {row["trial_id"]: float(row["dev_eer"]) for row in rows}.items()
+    assert_mlflow_agrees(f"sqlite:///{desk.folder / 'mlflow.db'}", folder)
+
+
+SLOW = """
+import os, time
+
+def slowly(call):
+    def later(*arguments, **options):
+        time.sleep(0.25)
+        return call(*arguments, **options)
+    return later
+
+for name in ("fsync", "replace", "rename", "mkdir"):
+    setattr(os, name, slowly(getattr(os, name)))
+"""
+
+
+def test_a_slow_file_system_costs_time_and_nothing_else(desk: Desk, tmp_path: Path) -> None:
+    """Every process of the study waits a quarter of a second for what a network file system is slow at."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    options = ["--name", "slow", "--set", "search.trials=3", "--set", "resources.workers=2"]
+    options += ["--set", "resources.gpus_per_worker=0"]
+    driver = desk.open("tune.py", "space.yaml", *options, PYTHONPATH=str(tmp_path))
+    words, _ = driver.communicate(timeout=400)
+    assert driver.returncode == 0, words
+    rows = trials_of(desk.folder / "results" / "slow")
+    assert {row["outcome"] for row in rows} <= {"complete", "pruned"}
+    assert len(rows) == 3
+    assert_mlflow_agrees(f"sqlite:///{desk.folder / 'mlflow.db'}", desk.folder / "results" / "slow")
+
+
+@pytest.fixture
+def read_only_pack(tmp_path: Path) -> Iterator[Path]:
+    """The pack of real speech where nobody, root included, can write."""
+    pack, place = os.environ.get("RAYSV_DATA"), tmp_path / "a pack"
+    if not pack:
+        pytest.skip("RAYSV_DATA does not name the pack of real speech")
+    place.mkdir()
+    if subprocess.run(["mount", "--bind", pack, place], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", place], check=True)
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_data_on_a_read_only_file_system_are_trained_on(desk: Desk, read_only_pack: Path) -> None:
+    with pytest.raises(OSError, match="Read-only file system"):
+        (read_only_pack / "x").touch()
+    small = ["model.channels=8", "training.epochs=1", "search.trials=1", "search.confirm=0", "resources.workers=1"]
+    small += ["resources.gpus_per_worker=0", f"data.root={read_only_pack}"]
+    options = [part for setting in small for part in ("--set", setting)]
+    desk.run("tune.py", str(SOURCE / "search_spaces" / "speechocean.yaml"), "--name", "read-only", *options)
+    (trial,) = trials_of(desk.folder / "results" / "read-only")
+    assert trial["outcome"] == "complete"
 
 
 class Cluster:

@@ -15,9 +15,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.experiment import Trial
 from ray.tune.search.optuna import OptunaSearch
 
-from raysv.search.records import TUNE_SNAPSHOTS
 from raysv.search.results import METRIC, TIME, outcome
 from raysv.search.samplers import make_sampler
+from raysv.search.snapshots import newest
 from raysv.search.space import Range
 
 SQLITE_PATIENCE_SECONDS = 60  # for a lock: a dashboard may be reading
@@ -205,10 +205,10 @@ _OVER = (Trial.TERMINATED, Trial.ERROR)
 
 def _trials_in_tune(folder: Path) -> dict[str, tuple[str, dict[str, Any]]] | None:
     """By id, how the trials in Tune's newest snapshot in a folder stand and what they try; none without a snapshot."""
-    newest = max(folder.glob(TUNE_SNAPSHOTS), default=None)
-    if newest is None:
+    snapshot = newest(folder)
+    if snapshot is None:
         return None
-    trials = (json.loads(trial) for trial, _ in json.loads(newest.read_text(encoding="utf-8"))["trial_data"])
+    trials = (json.loads(trial) for trial, _ in json.loads(snapshot.read_text(encoding="utf-8"))["trial_data"])
     return {trial["trial_id"]: (trial["status"], trial.get("config", {})) for trial in trials}
 
 

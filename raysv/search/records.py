@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from ray.tune import ExperimentAnalysis
 from ray.tune.experiment import Trial
 
 from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
+from raysv.search.snapshots import newest
 
-TUNE_SNAPSHOTS = "experiment_state-*.json"  # in Tune's folder, one by each driver
 ERROR_FILE = "error.txt"  # Tune's report of what a trial died of, in the trial's folder
 
 
@@ -49,25 +48,18 @@ class TrialRecord:
 
 
 def read_records(folder: Path, epochs: int) -> list[TrialRecord]:
-    """The trials in Tune's newest snapshot in a folder; none where there is no snapshot.
+    """The trials in Tune's newest whole snapshot in a folder; none where there is no snapshot.
 
     Args:
         epochs: of a trial that is not stopped early.
 
-    Raises: ValueError when the snapshot cannot be read.
+    Raises: ValueError when no snapshot can be read.
     """
-    newest = max(folder.glob(TUNE_SNAPSHOTS), default=None)
-    if newest is None:
+    snapshot = newest(folder)
+    if snapshot is None:
         return []  # broken off before Tune had noted anything
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial may well have no result yet
-    try:
-        trials = ExperimentAnalysis(str(newest)).trials or []
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{newest} cannot be read: {error}. A driver was killed while it wrote it. Remove that file: the study "
-            "then stands where an earlier driver left it, or starts anew if there was none."
-        ) from error
-    return [_record(trial, epochs) for trial in trials]
+    return [_record(trial, epochs) for trial in ExperimentAnalysis(str(snapshot)).trials or []]
 
 
 def _record(trial: Any, epochs: int) -> TrialRecord:

@@ -23,6 +23,7 @@ from raysv.search.progress import Progress
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC
 from raysv.search.samplers import make_sampler
+from raysv.search.snapshots import Spare, settle
 from raysv.search.space import Range, Space
 from raysv.search.stopping import make_stopping
 from raysv.search.study import CONFIRM_FOLDER, SPACE_FILE, TUNE_FOLDER, started
@@ -120,6 +121,7 @@ def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_ur
     """
     trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
     if resume:
+        settle(folder / stage.tune_folder)
         tuner = ray.tune.Tuner.restore(str(folder / stage.tune_folder), trainable, resume_errored=True)
     else:
         for remains in stage.fresh:
@@ -161,6 +163,7 @@ def make_tuner(
                 MLflowTracking(study_card(stage.kind, space, folder, tracking_uri)),
                 Progress(stage.trials, space.epochs, folder / TRIALS_FOLDER, single=single, kind=stage.kind),
                 CommonFault(),
+                Spare(folder / stage.tune_folder),
             ],
             verbose=0,
         ),

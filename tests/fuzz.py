@@ -1,0 +1,77 @@
+"""Feed every parser of ours what a coverage-guided fuzzer makes up, until one neither reads nor refuses it.
+
+    python tests/fuzz.py [--seconds 60] [--parsers manifest space ...]
+
+The parsers are those of `test_untrusted.py`, where hypothesis makes up files; here libFuzzer (through Atheris) keeps
+what reaches new lines and branches of raysv and goes on from there. Each parser has a process of its own. What broke
+one is left in the working folder, by libFuzzer, as `crash-…`. Exits with 1 where one broke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["raysv"]):
+    from test_untrusted import PARSERS, refusal
+
+
+def fuzz(name: str, seconds: int) -> None:
+    """One parser, in this process, which libFuzzer ends."""
+    parse, valid = PARSERS[name]
+    with tempfile.TemporaryDirectory(prefix="raysv-fuzz-") as temporary:
+        seeds, folder = Path(temporary, "seeds"), Path(temporary, "work")
+        seeds.mkdir()
+        folder.mkdir()
+        (seeds / "valid").write_bytes(valid)
+
+        def once(content: bytes) -> None:
+            refusal(parse, folder, content)
+
+        longest = max(4096, 2 * len(valid))
+        atheris.Setup(
+            [sys.argv[0], f"-max_total_time={seconds}", f"-max_len={longest}", "-print_final_stats=1", str(seeds)], once
+        )
+        atheris.Fuzz()
+
+
+def told(log: str) -> str:
+    """What libFuzzer says it did: inputs tried, and pieces of code reached by the first of them and by all."""
+    tried, reached = re.findall(r"executed_units: *(\d+)", log), re.findall(r" cov: (\d+)", log)
+    return f"{tried[-1]:>8} inputs; code reached: {reached[0]} to {reached[-1]}" if tried and reached else "broke off"
+
+
+def main() -> None:
+    """Each parser for so long."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=60, help="for each parser")
+    parser.add_argument("--parsers", nargs="+", choices=PARSERS, default=list(PARSERS), metavar="NAME")
+    chosen = parser.parse_args()
+    broken = 0
+    for name in chosen.parsers:
+        started = time.monotonic()
+        with tempfile.TemporaryFile() as file:
+            child = os.fork()  # libFuzzer ends its process
+            if child == 0:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+                fuzz(name, chosen.seconds)
+            _, status = os.waitpid(child, 0)
+            file.seek(0)
+            log = file.read().decode(errors="replace")
+        print(f"{name:14} {told(log)} in {time.monotonic() - started:.0f} s", flush=True)
+        if status:
+            print(f"{log}\n{name} BROKE", flush=True)
+            broken += 1
+    sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+    main()
