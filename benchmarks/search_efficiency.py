@@ -35,7 +35,7 @@ from loss_table import EPOCHS, GRID, SEEDS, TABLE
 from optuna.trial import TrialState
 
 from raysv.search.results import METRIC, TIME
-from raysv.search.samplers import make_sampler
+from raysv.search.samplers import draw, make_sampler
 from raysv.search.space import Range, space_from_dict
 from raysv.search.stopping import NOBODY, Entrant, make_rule
 
@@ -51,27 +51,35 @@ Setting = tuple[int, ...]  # the place of each value in its list
 
 @dataclass(frozen=True)
 class Way:
-    """A way of searching; `published`, whether the paper's setting is tried first; None is raysv's default."""
+    """A way of searching; None is raysv's default.
+
+    Attributes:
+        published: whether the paper's setting is tried first.
+        once: whether, as in raysv, no setting is tried twice; the study ends when there are no more.
+    """
 
     sampler: str
     early_stopping: str
     published: bool = True
     grace_epochs: int | None = None
     reduction_factor: int | None = None
+    once: bool = True
 
 
 WAYS = {
     "raysv: TPE, ASHA": Way("tpe", "asha"),
     "the same without the paper's setting": Way("tpe", "asha", published=False),
+    "the same, settings may come again": Way("tpe", "asha", once=False),
+    "TPE, ASHA, grace of a ninth": Way("tpe", "asha", grace_epochs=2),
+    "TPE, ASHA, grace of a third": Way("tpe", "asha", grace_epochs=6),
+    "TPE, ASHA, half go on": Way("tpe", "asha", reduction_factor=2),
     "TPE, Hyperband": Way("tpe", "hyperband"),
     "TPE, median rule": Way("tpe", "median"),
     "TPE, no early stopping": Way("tpe", "none"),
-    "Gaussian process, ASHA": Way("gp", "asha"),
     "random, ASHA": Way("random", "asha", published=False),
-    "random, ASHA, the paper's setting first": Way("random", "asha"),
-    "random, the paper's setting first": Way("random", "none"),
-    "random search": Way("random", "none", published=False),
-    "grid": Way("grid", "none", published=False),
+    "grid in order": Way("grid", "none", published=False),
+    "random search, none twice": Way("random", "none", published=False),
+    "random search": Way("random", "none", published=False, once=False),
 }
 REFERENCE = "random search"
 
@@ -143,7 +151,8 @@ def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
     if rule:
         rule.set_search_properties(METRIC, "min")
     running: list[tuple[float, int, int, optuna.Trial, Setting]] = []
-    most = len(table.curves) if way.sampler == "grid" else None  # a grid ends
+    tried: set[tuple[int, ...]] | None = set() if way.once else None
+    most = len(table.curves) if way.once else None  # then there is no more
     need, trained = np.inf, 0
     ended: list[tuple[float, Setting]] = []
     worth: list[float] = []
@@ -153,8 +162,8 @@ def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
         number = next(numbers)
         if most is not None and number >= most:
             return
-        trial = search.ask()
-        setting = tuple(RANGES[key].suggest(trial, key) for key in GRID)
+        trial = draw(search, RANGES, tried)
+        setting = tuple(trial.params[key] for key in GRID)
         if rule:
             rule.on_trial_add(NOBODY, Entrant(str(number), number))  # type: ignore[arg-type]
         # trials that start together end their epochs in no order of theirs

@@ -61,6 +61,30 @@ def test_a_grid_is_tried_out_each_combination_once() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["tpe", "gp", "random", "quasirandom"])
+def test_where_values_end_none_are_tried_twice(kind: str) -> None:
+    seen = [tuple(values.values()) for values in study("sqlite://", kind, GRID, 0, 6)]
+    assert len(set(seen)) == 6
+
+
+def test_no_values_are_tried_twice_after_a_resume_but_those_that_were_lost(storages: list[str], tmp_path: Path) -> None:
+    def search() -> OptunaProposals:
+        sampler = make_sampler("tpe", GRID, 0)
+        return OptunaProposals(GRID, epochs=1, storage=storages[0], study_name="study", sampler=sampler)
+
+    first = search()
+    seen = [first.suggest(str(number)) for number in range(3)]
+    for number in range(3):
+        first.on_trial_complete(str(number), {TIME: 1, METRIC: 0.1})
+    first.save(str(tmp_path / "snapshot"))
+    lost = first.suggest("lost")
+    resumed = search()
+    resumed.restore(str(tmp_path / "snapshot"))
+    later = [resumed.suggest(f"later {number}") for number in range(3)]
+    assert lost in later
+    assert len({tuple(values.values()) for values in seen + later if values}) == 6
+
+
 def test_a_combination_of_a_grid_that_a_killed_driver_lost_is_tried_again(storages: list[str], tmp_path: Path) -> None:
     def search() -> OptunaProposals:
         return OptunaProposals(

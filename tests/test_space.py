@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raysv.config import Config, LossConfig, config_to_dict, parse_settings
-from raysv.search.space import PAPER, PUBLISHED, Range, ResourcesConfig, SearchConfig, read_space, space_from_dict
+from raysv.search.space import (
+    PAPER,
+    PUBLISHED,
+    Range,
+    ResourcesConfig,
+    SearchConfig,
+    combinations,
+    read_space,
+    space_from_dict,
+)
 
 OPEN = {
     "loss": {"margin": {"uniform": [0.1, 0.5]}, "temperature": {"loguniform": [0.03, 0.3]}, "scale": 32},
@@ -67,6 +76,7 @@ def test_a_point_fills_the_open_keys():
 def test_folders_to_choose_from_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tree = {"data": {"root": {"choice": ["here", "/there", "synthetic"]}, "cache": {"choice": ["", "mine"]}}}
+    tree["search"] = {"trials": 6}
     ranges = space_from_dict(tree, "").ranges
     assert ranges["data.root"].values == (f"{tmp_path}/here", "/there", "synthetic")
     assert ranges["data.cache"].values == ("", f"{tmp_path}/mine")
@@ -179,7 +189,7 @@ def test_a_published_value_is_tried_at_the_choice_nearest_to_it(values, value, n
 
 
 def test_a_choice_of_numbers_is_open_to_a_key_that_is_not_set_by_default():
-    space = space_from_dict({"data": {"loader_workers": {"choice": [0, 4]}}}, "")
+    space = space_from_dict({"data": {"loader_workers": {"choice": [0, 4]}}, "search": {"trials": 2}}, "")
     assert space.first_points() == [{"data.loader_workers": 0}]
 
 
@@ -210,9 +220,22 @@ def test_what_depends_on_a_choice_comes_after_it_and_is_open_where_it_fits():
 def test_a_grid_holds_every_value_and_tries_nothing_first():
     tree = {"loss": {"margin": {"choice": [0, 0.2]}}, "batch": {"views": {"int": [2, 4]}}}
     space = space_from_dict(tree | {"search": {"sampler": "grid", "trials": 6}}, "")
-    assert space.grid() == {"loss.margin": [0, 0.2], "batch.views": [2, 3, 4]}
+    assert combinations(space.ranges) == 6
     assert space.first_points() == []
-    assert space_from_dict(OPEN, "").grid() is None
+
+
+def test_combinations_are_counted_where_they_end():
+    spans = {"a": Range("choice", ("x", "y", "x")), "b": Range("int", (1, 5))}
+    assert combinations(spans) == 10
+    assert combinations(spans | {"c": Range("uniform", (0.0, 1.0))}) is None
+    assert combinations(spans | {"c": Range("choice", (1, 2), {"a": ("x",)})}) is None
+
+
+def test_more_trials_than_combinations_are_refused():
+    tree = {"loss": {"margin": {"choice": [0.1, 0.2, 0.3]}}, "search": {"trials": 4}}
+    with pytest.raises(ValueError, match=r"search\.trials is 4, but what is open has 3 combinations"):
+        space_from_dict(tree, "")
+    assert space_from_dict(tree | {"search": {"trials": 3}}, "").search.trials == 3
 
 
 def test_settings_close_and_open_keys(tmp_path):
@@ -405,16 +428,16 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("epochs", "warmup", "given", "expected"),
     [
-        (20, 1.0, None, 3),
+        (20, 1.0, None, 4),
         (9, 1.0, None, 2),
         (6, 2.5, None, 3),
         (2, 2.0, None, 2),
-        (80, 6.0, None, 9),
+        (80, 6.0, None, 14),
         (20, 1.0, 5, 5),
         (3, 0.0, 9, 3),
     ],
 )
-def test_trials_get_a_ninth_of_the_epochs_and_more_than_the_warm_up(epochs, warmup, given, expected):
+def test_trials_get_a_sixth_of_the_epochs_and_more_than_the_warm_up(epochs, warmup, given, expected):
     tree = {
         "training": {"epochs": epochs},
         "optimizer": {"warmup_epochs": warmup},
@@ -424,5 +447,5 @@ def test_trials_get_a_ninth_of_the_epochs_and_more_than_the_warm_up(epochs, warm
 
 
 def test_grace_is_longer_than_the_longest_warm_up_that_is_searched():
-    tree = {"training": {"epochs": 18}, "optimizer": {"warmup_epochs": {"choice": [1.0, 5.0]}}}
+    tree = {"training": {"epochs": 18}, "optimizer": {"warmup_epochs": {"choice": [1.0, 5.0]}}, "search": {"trials": 2}}
     assert space_from_dict(tree, "").grace_epochs == 6

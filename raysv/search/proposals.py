@@ -16,9 +16,9 @@ from ray.tune.experiment import Trial
 from ray.tune.search.optuna import OptunaSearch
 
 from raysv.search.results import METRIC, TIME, outcome
-from raysv.search.samplers import make_sampler
+from raysv.search.samplers import draw, make_sampler
 from raysv.search.snapshots import newest
-from raysv.search.space import Range
+from raysv.search.space import Range, combinations
 
 SQLITE_PATIENCE_SECONDS = 60  # for a lock: a dashboard may be reading
 
@@ -32,6 +32,8 @@ class OptunaProposals(OptunaSearch):
     | was stopped early                   | PRUNED, its last EER included                                     |
     | gave itself up (`failure`)          | COMPLETE with what it reported; the reason is in a user attribute |
     | raised, or reported nothing         | FAIL; a later success of its retry is added                       |
+
+    With an end of values none are tried twice, see `draw`.
 
     Steps are epochs. Optuna's storage is written at once but Tune's snapshot now and then, in several files, so after a
     killed driver the storage may know more, and this search more than Tune: results that come again are ignored, trials
@@ -67,6 +69,7 @@ class OptunaProposals(OptunaSearch):
         self._objectives = [METRIC, second] if second else [METRIC]
         self._most_at_once = sys.maxsize
         self._live: set[str] = set()
+        self._tried: set[tuple[Any, ...]] | None = set() if space and combinations(space) else None
         super().__init__(
             {key: span.distribution() for key, span in space.items()},
             metric=self._objectives if second else METRIC,
@@ -96,11 +99,7 @@ class OptunaProposals(OptunaSearch):
         if trial_id not in self._ot_trials:
             if len(self._live) >= self._most_at_once:
                 return None
-            self._ot_trials[trial_id] = trial = self._study.ask()
-            values: dict[str, Any] = {}
-            for key, span in self._ranges.items():
-                if span.is_open(values):
-                    values[key] = span.suggest(trial, key)
+            self._ot_trials[trial_id] = draw(self._study, self._ranges, self._tried)
         self._live.add(trial_id)
         return dict(self._ot_trials[trial_id].params)
 
@@ -142,6 +141,10 @@ class OptunaProposals(OptunaSearch):
             for name, (status, values) in in_tune.items():
                 if name not in self._ot_trials:
                     self._adopt(name, values, over=status in _OVER)
+        if self._tried is not None:  # what is lost is not
+            claimed = {trial.number for trial in self._ot_trials.values()}
+            known = (trial.params for trial in self._known() if trial.number in claimed)
+            self._tried = {tuple(values[key] for key in self._ranges) for values in known}
         lost = self._unclaimed()
         for trial in lost:
             self._study.tell(trial.number, state=TrialState.FAIL)

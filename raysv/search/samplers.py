@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from optuna import Study
+from optuna import Study, Trial
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
@@ -13,6 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 from raysv.search.space import Range
 
 USUAL_STARTUP_TRIALS = 10  # Optuna's own number of random trials before a model is used
+REPEATS = "repeats"  # attribute of a proposal that was not tried, with the number of the draws before
+REDRAWS, GUESSES = 3, 1000
 
 
 def make_sampler(kind: str, ranges: Mapping[str, Range], seed: int | None = None) -> BaseSampler:
@@ -38,6 +42,45 @@ def make_sampler(kind: str, ranges: Mapping[str, Range], seed: int | None = None
             return _Grid({key: span.all_values() or [] for key, span in ranges.items()}, seed)
         grouped = any(span.when for span in ranges.values())
         return TPESampler(multivariate=True, group=grouped, constant_liar=True, n_startup_trials=startup, seed=seed)
+
+
+def draw(study: Study, ranges: Mapping[str, Range], tried: set[tuple[Any, ...]] | None) -> Trial:
+    """A new trial of Optuna's, its values drawn; with an end of them, values that were not tried.
+
+    What is tried once more would be the same training with the same seed. A model that is sure of itself proposes it
+    all the same: then it draws again, and in the end what has not been tried is guessed. Optuna's storage keeps what
+    was not tried as FAIL, with the attribute `repeats`.
+
+    Args:
+        study: the samplers of `make_sampler` ignore FAIL.
+        tried: values in the order of `ranges`, completed here; None where there is no end of them.
+    """
+    for number in range(REDRAWS + 2):
+        trial = study.ask()
+        values: dict[str, Any] = {}
+        for key, span in ranges.items():
+            if span.is_open(values):
+                values[key] = span.suggest(trial, key)
+        drawn = tuple(values.values())
+        if tried is None or drawn not in tried or number > REDRAWS:
+            break
+        trial.set_user_attr(REPEATS, number)
+        study.tell(trial, state=TrialState.FAIL)
+        if number == REDRAWS:
+            study.enqueue_trial(_untried(ranges, tried, random.Random(trial.number)))
+    if tried is not None:
+        tried.add(drawn)
+    return trial
+
+
+def _untried(ranges: Mapping[str, Range], tried: set[tuple[Any, ...]], chance: random.Random) -> dict[str, Any]:
+    """Values by chance, untried ones if there are any to be found."""
+    spans = {key: span.all_values() or [] for key, span in ranges.items()}
+    for _ in range(GUESSES):
+        values = {key: chance.choice(span) for key, span in spans.items()}
+        if tuple(values.values()) not in tried:
+            break
+    return values
 
 
 class _Grid(GridSampler):

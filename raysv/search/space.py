@@ -15,7 +15,6 @@ A range may depend on a choice; where that falls otherwise, the key keeps its de
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -89,7 +88,7 @@ class SearchConfig(Section):
     )
     grace_epochs: int | None = knob(
         None,
-        "epochs that every trial gets; none given: a ninth of all, and one more than the learning rate's warm-up takes",
+        "epochs that every trial gets; none given: a sixth of all, and one more than the learning rate's warm-up takes",
         1,
     )
     reduction_factor: int = knob(
@@ -193,6 +192,14 @@ class Range:
         return f"{self.values[0]:g} to {self.values[1]:g}{' (log)' if self.kind == 'loguniform' else ''}{depends}"
 
 
+def combinations(ranges: Mapping[str, Range]) -> int | None:
+    """How many there are of all values of some ranges; None where there is no end of them or one depends on another."""
+    spans = [span.all_values() for span in ranges.values()]
+    if any(span is None for span in spans) or any(span.when for span in ranges.values()):
+        return None
+    return math.prod(len(set(span or [])) for span in spans)
+
+
 @dataclass(frozen=True)
 class Space:
     """What a study searches.
@@ -223,7 +230,7 @@ class Space:
         given, training = self.search.grace_epochs, self.epochs
         warmup = self.ranges.get("optimizer.warmup_epochs")
         longest = max(warmup.values) if warmup else self.tree["optimizer"]["warmup_epochs"]
-        usual = max(math.ceil(training / 9), math.floor(longest) + 1)
+        usual = max(math.ceil(training / 6), math.floor(longest) + 1)
         return min(usual if given is None else given, training)
 
     def corners(self) -> list[Config]:
@@ -265,11 +272,6 @@ class Space:
             if span.is_open(point):
                 point[key] = span.nearest(published.get(key, defaults[key]))
         return point
-
-    def grid(self) -> dict[str, list[Any]] | None:
-        """All values of all open keys; None where there is no end of them."""
-        grid = {key: span.all_values() for key, span in self.ranges.items()}
-        return None if None in grid.values() else grid  # type: ignore[return-value]
 
     def to_dict(self) -> dict[str, Any]:
         """The tree with its ranges, as YAML holds it."""
@@ -374,17 +376,23 @@ def _check_search(space: Space) -> None:
             f"search.second_objective is {space.search.second_objective}, but {space.search.early_stopping} stops what "
             "lags behind in EER, however good it is otherwise. Set search.early_stopping to none."
         )
-    if space.search.sampler != "grid":
-        return
-    grid = space.grid()
-    if grid is None:
-        endless = [key for key, span in space.ranges.items() if span.all_values() is None]
+    trials, count = space.search.trials, combinations(space.ranges)
+    if space.search.sampler == "grid":
+        _check_grid(space, count)
+    elif space.ranges and count is not None and trials > count:
+        raise ValueError(
+            f"search.trials is {trials}, but what is open has {count} combinations, and none is tried twice. Set it to "
+            f"{count} or less, or open a key for more."
+        )
+
+
+def _check_grid(space: Space, count: int | None) -> None:
+    if endless := [key for key, span in space.ranges.items() if span.all_values() is None]:
         raise ValueError(
             f"search.sampler is grid, but {', '.join(endless)} has no end of values. Open it with choice or int."
         )
-    if any(span.when for span in space.ranges.values()):
+    if count is None:
         raise ValueError(f"search.sampler is grid, which knows no {WHEN}: name one value of the choice per study.")
-    count = len(list(itertools.product(*grid.values())))
     if space.search.trials != count:
         raise ValueError(f"The grid has {count} combinations; set search.trials to that, not to {space.search.trials}.")
 
