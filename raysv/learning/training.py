@@ -7,7 +7,6 @@ leave through `report`; nothing here knows of Ray or MLflow.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from raysv.corpus.sets import Corpus, PairSet
 from raysv.distributed import agree, gather, rank, together, wrap
 from raysv.learning.checkpoint import Standing, describe_checkpoint, load_training_state, save_checkpoint
 from raysv.learning.losses import AAMSupCon, Losses
+from raysv.learning.scratch import scratch
 from raysv.learning.views import Batch, ViewBatches, loader, make_views
 from raysv.precision import at_least_float32, compute_dtype, dtype_name, dtype_named
 from raysv.speech.encoder import SpeakerEncoder
@@ -110,10 +110,10 @@ def fit(
         if rank() > 0:
             report(metrics, None)
             continue
-        with tempfile.TemporaryDirectory(prefix="raysv-checkpoint-") as folder:
+        with scratch() as folder:
             standing = Standing(config, history, dev, len(corpus.train.speakers), corpus.digest, run.computed)
-            save_checkpoint(Path(folder), standing, run.learner.encoder, run.state())
-            report(metrics, Path(folder))
+            save_checkpoint(folder, standing, run.learner.encoder, run.state())
+            report(metrics, folder)
 
 
 class _Run:

@@ -18,6 +18,7 @@ import torch
 from raysv.config import Config, config_from_dict
 from raysv.distributed import agree, rank, world_size
 from raysv.learning.keeping import keep_checkpoint, newest_intact
+from raysv.learning.scratch import sweep
 from raysv.learning.training import DivergedError, Metrics, fit
 from raysv.search.desk import Result, StoppedError, Task
 from raysv.search.results import NO_ROOM, NOTICE, TIME, failure
@@ -38,6 +39,7 @@ def train(task: Task, report: Callable[[Result], None], device: torch.device) ->
         torch.cuda.empty_cache()
     else:
         torch.set_num_threads(task.threads)
+    sweep()
     kept = Path(task.kept)
     latest, notice = agree(newest_intact(kept) if rank() == 0 else (None, ""))
     told = [{NOTICE: notice}] if notice else []
