@@ -16,6 +16,7 @@ fast-test: $(VENV)/installed-test  # everything that does not start Ray
 	$(BIN)/pytest -m "not slow"
 
 fuzz: $(VENV)/installed-test  # every parser for a minute
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fuzz]"
 	$(BIN)/python tests/fuzz.py
 
 lint: $(VENV)/installed-test

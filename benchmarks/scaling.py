@@ -6,8 +6,8 @@ The stage that raysv runs when it searches: Tune, Optuna's TPE in its database, 
 database of its own, a line for every event; what trains is replaced. A trial sleeps so long for each epoch and reports
 an EER that follows from its values, and, with --checkpoints, a checkpoint of a small encoder, of which the driver puts
 the files and a DET curve into MLflow. Every so many trials a line says what came since the one before: trials
-and results a second, the driver's own time for each result and where it went, and the driver's memory. The trials'
-processes share the machine with the driver, so the driver's CPU time is what carries over to others.
+and results a second, the driver's CPU time for each result, of all threads and of the main one in each part, and its memory.
+The trials' processes share the machine with the driver, so the driver's CPU time is what carries over to others.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from raysv.learning.checkpoint import Standing, save_checkpoint
 from raysv.search.mlflow_store import check
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC, TIME
+from raysv.search.snapshots import Spare
 from raysv.search.space import Space, space_from_dict
 from raysv.search.stages import make_tuner, search_stage
 from raysv.search.stopping import JournaledStopping
@@ -62,6 +63,7 @@ PARTS = {
     "early stopping": (JournaledStopping, ["on_trial_result"]),
     "MLflow": (MLflowTracking, ["on_trial_start", "on_trial_result", "on_trial_complete"]),
     "Tune's snapshots": (TuneController, ["checkpoint"]),
+    "their copies": (Spare, ["on_step_end"]),
 }
 
 
@@ -80,7 +82,7 @@ def stand_in(values: dict[str, Any], epochs: int, seconds: float, checkpoint: di
 
 
 class Clock:
-    """Where the driver's seconds go: time inside each part, by name."""
+    """Where the seconds of the driver's main thread go: its CPU time inside each part, by name."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -92,14 +94,14 @@ class Clock:
     def _timed(self, part: str, method: Callable[..., Any], inside: list[str]) -> Callable[..., Any]:
         @functools.wraps(method)
         def timed(*args: Any, **named: Any) -> Any:
-            started = time.perf_counter()
+            started = time.thread_time()
             inside.append(part)
             try:
                 return method(*args, **named)
             finally:
                 inside.pop()
                 if not inside:
-                    self.seconds[part] += time.perf_counter() - started
+                    self.seconds[part] += time.thread_time() - started
 
         return timed
 

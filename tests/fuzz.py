@@ -3,8 +3,8 @@
     python tests/fuzz.py [--seconds 60] [--parsers manifest space ...]
 
 The parsers are those of `test_untrusted.py`, where hypothesis makes up files; here libFuzzer (through Atheris) keeps
-what reaches new lines and branches of raysv and goes on from there. Each parser has a process of its own. What broke
-one is left in the working folder, by libFuzzer, as `crash-…`. Exits with 1 where one broke.
+what reaches new branches of raysv and goes on from there. Each parser has a process of its own. One breaks when it
+raises anything but a sentence of ours, or takes too long for one file. Exits with 1 where one broke.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -22,24 +23,23 @@ import atheris
 with atheris.instrument_imports(include=["raysv"]):
     from test_untrusted import PARSERS, refusal
 
+UNIT_SECONDS = 10  # for one file
 
-def fuzz(name: str, seconds: int) -> None:
+
+def fuzz(name: str, seconds: int, folder: Path) -> None:
     """One parser, in this process, which libFuzzer ends."""
     parse, valid = PARSERS[name]
-    with tempfile.TemporaryDirectory(prefix="raysv-fuzz-") as temporary:
-        seeds, folder = Path(temporary, "seeds"), Path(temporary, "work")
-        seeds.mkdir()
-        folder.mkdir()
-        (seeds / "valid").write_bytes(valid)
+    for part in ("seeds", "work", "found"):
+        (folder / part).mkdir()
+    (folder / "seeds" / "valid").write_bytes(valid)
 
-        def once(content: bytes) -> None:
-            refusal(parse, folder, content)
+    def once(content: bytes) -> None:
+        refusal(parse, folder / "work", content)
 
-        longest = max(4096, 2 * len(valid))
-        atheris.Setup(
-            [sys.argv[0], f"-max_total_time={seconds}", f"-max_len={longest}", "-print_final_stats=1", str(seeds)], once
-        )
-        atheris.Fuzz()
+    options = [f"-max_total_time={seconds}", f"-max_len={max(4096, 2 * len(valid))}", f"-timeout={UNIT_SECONDS}"]
+    options += [f"-artifact_prefix={folder / 'found'}/", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], *options, str(folder / "seeds")], once)
+    atheris.Fuzz()
 
 
 def told(log: str) -> str:
@@ -57,19 +57,21 @@ def main() -> None:
     broken = 0
     for name in chosen.parsers:
         started = time.monotonic()
-        with tempfile.TemporaryFile() as file:
-            child = os.fork()  # libFuzzer ends its process
-            if child == 0:
+        folder = Path(tempfile.mkdtemp(prefix="raysv-fuzz-"))
+        child = os.fork()  # libFuzzer ends its process
+        if child == 0:
+            with (folder / "log").open("wb") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-                fuzz(name, chosen.seconds)
-            _, status = os.waitpid(child, 0)
-            file.seek(0)
-            log = file.read().decode(errors="replace")
+            fuzz(name, chosen.seconds, folder)
+        _, status = os.waitpid(child, 0)
+        log = (folder / "log").read_text(errors="replace")
         print(f"{name:14} {told(log)} in {time.monotonic() - started:.0f} s", flush=True)
         if status:
-            print(f"{log}\n{name} BROKE", flush=True)
+            print(f"{log}\n{name} BROKE: what broke it lies in {folder / 'found'}", flush=True)
             broken += 1
+        else:
+            shutil.rmtree(folder)
     sys.exit(bool(broken))
 
 

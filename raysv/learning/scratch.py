@@ -17,8 +17,10 @@ ABANDONED_SECONDS = 60  # from when on a folder that nobody holds is taken for l
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary folder, held for as long as it is used."""
-    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, _held(Path(folder)):
+    """A temporary folder, held for as long as it is used; where there are no locks, nobody removes it either."""
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(_held(Path(folder)))
         yield Path(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ray.tune.experiment import Trial
 from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
 from raysv.search.snapshots import newest
 
+PATIENCE = 5
 ERROR_FILE = "error.txt"  # Tune's report of what a trial died of, in the trial's folder
 
 
@@ -55,11 +57,16 @@ def read_records(folder: Path, epochs: int) -> list[TrialRecord]:
 
     Raises: ValueError when no snapshot can be read.
     """
-    snapshot = newest(folder)
-    if snapshot is None:
-        return []  # broken off before Tune had noted anything
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial may well have no result yet
-    return [_record(trial, epochs) for trial in ExperimentAnalysis(str(snapshot)).trials or []]
+    for _ in range(PATIENCE):
+        snapshot = newest(folder)
+        if snapshot is None:
+            return []  # broken off before Tune had noted anything
+        try:
+            return [_record(trial, epochs) for trial in ExperimentAnalysis(str(snapshot)).trials or []]
+        except (json.JSONDecodeError, FileNotFoundError) as error:
+            changing = error  # a living driver has written it, or put another copy aside, in this very moment
+    raise ValueError(f"{snapshot} cannot be read: {changing}.")
 
 
 def _record(trial: Any, epochs: int) -> TrialRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,11 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from raysv.search.space import Range
+from raysv.search.space import Range, combinations
 
 USUAL_STARTUP_TRIALS = 10  # Optuna's own number of random trials before a model is used
 REPEATS = "repeats"  # attribute of a proposal that was not tried, with the number of the draws before
-REDRAWS, GUESSES = 3, 1000
+REDRAWS = 3
 
 
 def make_sampler(kind: str, ranges: Mapping[str, Range], seed: int | None = None) -> BaseSampler:
@@ -39,7 +40,7 @@ def make_sampler(kind: str, ranges: Mapping[str, Range], seed: int | None = None
         if kind == "quasirandom":
             return QMCSampler(qmc_type="sobol", scramble=True, seed=seed, warn_independent_sampling=False)
         if kind == "grid":
-            return _Grid({key: span.all_values() or [] for key, span in ranges.items()}, seed)
+            return _Grid({key: list(span.all_values()) for key, span in ranges.items()}, seed)
         grouped = any(span.when for span in ranges.values())
         return TPESampler(multivariate=True, group=grouped, constant_liar=True, n_startup_trials=startup, seed=seed)
 
@@ -49,38 +50,41 @@ def draw(study: Study, ranges: Mapping[str, Range], tried: set[tuple[Any, ...]] 
 
     What is tried once more would be the same training with the same seed. A model that is sure of itself proposes it
     all the same: then it draws again, and in the end what has not been tried is guessed. Optuna's storage keeps what
-    was not tried as FAIL, with the attribute `repeats`.
+    was drawn and not tried as FAIL, with the attribute `repeats`. Only when all has been tried is something repeated.
 
     Args:
         study: the samplers of `make_sampler` ignore FAIL.
         tried: values in the order of `ranges`, completed here; None where there is no end of them.
     """
-    for number in range(REDRAWS + 2):
+    most = combinations(ranges)
+    for number in itertools.count(1):
         trial = study.ask()
         values: dict[str, Any] = {}
         for key, span in ranges.items():
             if span.is_open(values):
                 values[key] = span.suggest(trial, key)
-        drawn = tuple(values.values())
-        if tried is None or drawn not in tried or number > REDRAWS:
+        if tried is None or tuple(values.values()) not in tried or len(tried) == most:
             break
         trial.set_user_attr(REPEATS, number)
         study.tell(trial, state=TrialState.FAIL)
-        if number == REDRAWS:
-            study.enqueue_trial(_untried(ranges, tried, random.Random(trial.number)))
+        if number > REDRAWS:
+            study.enqueue_trial(_untried(ranges, tried))
     if tried is not None:
-        tried.add(drawn)
+        tried.add(tuple(values.values()))
     return trial
 
 
-def _untried(ranges: Mapping[str, Range], tried: set[tuple[Any, ...]], chance: random.Random) -> dict[str, Any]:
-    """Values by chance, untried ones if there are any to be found."""
-    spans = {key: span.all_values() or [] for key, span in ranges.items()}
-    for _ in range(GUESSES):
+def _untried(ranges: Mapping[str, Range], tried: set[tuple[Any, ...]]) -> dict[str, Any]:
+    """Values by chance that were not tried; the chance follows from what was tried, so that a study can be repeated."""
+    chance = random.Random(repr(sorted(map(repr, tried))))
+    spans = {key: span.all_values() for key, span in ranges.items()}
+    if (combinations(ranges) or 0) <= 2 * len(tried):  # guessing would take long
+        left = [values for values in itertools.product(*spans.values()) if values not in tried]
+        return dict(zip(spans, chance.choice(left), strict=True))
+    while True:
         values = {key: chance.choice(span) for key, span in spans.items()}
         if tuple(values.values()) not in tried:
-            break
-    return values
+            return values
 
 
 class _Grid(GridSampler):

@@ -153,11 +153,18 @@ class Range:
             return trial.suggest_int(key, *self.values)
         return trial.suggest_float(key, *self.values, log=self.kind == "loguniform")
 
-    def all_values(self) -> list[Any] | None:
-        """Every value of the range; None where there is one between any two."""
+    @property
+    def count(self) -> int | None:
+        """How many values it has; None where there is one between any two."""
         if self.kind == "choice":
-            return list(self.values)
-        return list(range(self.values[0], self.values[1] + 1)) if self.kind == "int" else None
+            return len(set(self.values))
+        return self.values[1] - self.values[0] + 1 if self.kind == "int" else None
+
+    def all_values(self) -> list[Any]:
+        """Every value of a range that has an end of them."""
+        return (
+            list(range(self.values[0], self.values[1] + 1)) if self.kind == "int" else list(dict.fromkeys(self.values))
+        )
 
     def distribution(self) -> BaseDistribution:
         """As Optuna takes it."""
@@ -194,10 +201,10 @@ class Range:
 
 def combinations(ranges: Mapping[str, Range]) -> int | None:
     """How many there are of all values of some ranges; None where there is no end of them or one depends on another."""
-    spans = [span.all_values() for span in ranges.values()]
-    if any(span is None for span in spans) or any(span.when for span in ranges.values()):
+    counts = [span.count for span in ranges.values()]
+    if None in counts or any(span.when for span in ranges.values()):
         return None
-    return math.prod(len(set(span or [])) for span in spans)
+    return math.prod(count or 0 for count in counts)
 
 
 @dataclass(frozen=True)
@@ -387,7 +394,7 @@ def _check_search(space: Space) -> None:
 
 
 def _check_grid(space: Space, count: int | None) -> None:
-    if endless := [key for key, span in space.ranges.items() if span.all_values() is None]:
+    if endless := [key for key, span in space.ranges.items() if span.count is None]:
         raise ValueError(
             f"search.sampler is grid, but {', '.join(endless)} has no end of values. Open it with choice or int."
         )

@@ -23,7 +23,7 @@ from raysv.search.progress import Progress
 from raysv.search.proposals import OptunaProposals
 from raysv.search.results import METRIC
 from raysv.search.samplers import make_sampler
-from raysv.search.snapshots import Spare, settle
+from raysv.search.snapshots import Spare, forget
 from raysv.search.space import Range, Space
 from raysv.search.stopping import make_stopping
 from raysv.search.study import CONFIRM_FOLDER, SPACE_FILE, TUNE_FOLDER, started
@@ -121,12 +121,12 @@ def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_ur
     """
     trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
     if resume:
-        settle(folder / stage.tune_folder)
         tuner = ray.tune.Tuner.restore(str(folder / stage.tune_folder), trainable, resume_errored=True)
     else:
         for remains in stage.fresh:
             (folder / remains).unlink(missing_ok=True)
         _forget(folder, stage.study_name)
+        forget(folder / stage.tune_folder)
         tuner = make_tuner(stage, trainable, job.space, folder, concurrent, tracking_uri)
     before = signal.getsignal(signal.SIGINT)
     try:

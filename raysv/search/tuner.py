@@ -21,6 +21,7 @@ from raysv.search.catchup import catch_up
 from raysv.search.confirmation import CONFIRMATION_FILE, conclude, write_confirmation
 from raysv.search.progress import Decoding
 from raysv.search.publishing import publish
+from raysv.search.snapshots import mend
 from raysv.search.space import Space
 from raysv.search.stages import (
     JOURNAL_FILE,
@@ -31,7 +32,7 @@ from raysv.search.stages import (
     search_stage,
 )
 from raysv.search.stopping import read_journal
-from raysv.search.study import CONFIRM_FOLDER, Study, driving, note_start, read_study, started
+from raysv.search.study import CONFIRM_FOLDER, TUNE_FOLDER, Study, driving, note_start, read_study, started
 from raysv.search.trial import Job
 
 TUNE_SETTINGS = {
@@ -98,6 +99,9 @@ def _drive(
     earlier: Sequence[FrozenTrial],
 ) -> Study:
     os.environ.update(TUNE_SETTINGS)
+    for record in (TUNE_FOLDER, CONFIRM_FOLDER) if resume else ():
+        if told := mend(folder / record):
+            print(told, flush=True)
     resume = resume and bool(read_study(folder).trials)  # broken off before its first trial, it starts anew
     _note_data(folder, corpus, resume)
     if resume:
