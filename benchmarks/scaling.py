@@ -5,9 +5,9 @@
 The stage that raysv runs when it searches: Tune, Optuna's TPE in its database, ASHA with its journal, MLflow in a
 database of its own, a line for every event; what trains is replaced. A trial sleeps so long for each epoch and reports
 an EER that follows from its values, and, with --checkpoints, a checkpoint of a small encoder, of which the driver puts
-the files and a DET curve into MLflow. Every so many trials a line says what came since the one before: trials
-and results a second, the driver's CPU time for each result, of all threads and of the main one in each part, and its memory.
-The trials' processes share the machine with the driver, so the driver's CPU time is what carries over to others.
+the files and a DET curve into MLflow. Every so many trials a line says what came since the one before: trials and
+results a second, the driver's CPU time for each result, of all threads and of the main one in each part, and its
+memory. The trials' processes share the machine with the driver, so the driver's CPU time is what carries over to others.
 """
 
 from __future__ import annotations

@@ -7,11 +7,15 @@ of early stopping, set up as in raysv, with raysv's defaults where a row says no
 trials at a time, an epoch of each takes as long as an epoch of any other, and as in raysv all its trials have one
 training seed: one of the table's, so that half of the studies see one seed's curves and half the other's.
 
-Two things are told. The training, in runs of all epochs, until a trial has come to its end with an EER within 2 % of
-the lowest that the study's seed has in the table: quartiles and the 90th percentile over studies, and the ratio of
-the median to that of random search with its 90 % interval (bootstrap over studies). And what a study with so much
-training would hand over is worth: of the three trials with the lowest last EERs, the one whose mean over the table's
-seeds is lowest, which is what confirming them finds; that mean, in EER %, the median over studies.
+Told are: the training, in runs of all epochs, until a trial has come to its end with an EER within 2 % of the lowest
+that the study's seed has in the table, which is one or two settings, and within 10 %, which is about what a setting's
+EER deviates by from seed to seed; quartiles and the 90th percentile over studies, and the ratio of the median to that
+of random search, in which no setting comes twice either, with its 90 % interval (bootstrap over studies: over what
+samplers draw, not over tables). And what a study with so much training would hand over is worth: of the three trials
+with the lowest last EERs, the one that is best with the table's other seed, which is what confirming them finds; its
+EER with that other seed, the median over studies.
+
+raysv's grace was chosen on this table, and so its row is no prediction for others.
 
 Confirmation itself is not counted: it costs all ways alike, twelve runs by default.
 """
@@ -39,7 +43,7 @@ from raysv.search.samplers import draw, make_sampler
 from raysv.search.space import Range, space_from_dict
 from raysv.search.stopping import NOBODY, Entrant, make_rule
 
-WITHIN = 1.02
+WITHIN = (1.02, 1.10)
 CONFIRMED = 3
 RUNS = 160  # of all epochs: the training after which a study is given up
 BUDGETS = (5, 10, 20, 40, 80)  # runs of all epochs, at which is told what a study would hand over
@@ -77,9 +81,8 @@ WAYS = {
     "TPE, median rule": Way("tpe", "median"),
     "TPE, no early stopping": Way("tpe", "none"),
     "random, ASHA": Way("random", "asha", published=False),
-    "grid in order": Way("grid", "none", published=False),
-    "random search, none twice": Way("random", "none", published=False),
-    "random search": Way("random", "none", published=False, once=False),
+    "random search": Way("random", "none", published=False),
+    "random search, settings may come again": Way("random", "none", published=False, once=False),
 }
 REFERENCE = "random search"
 
@@ -109,16 +112,18 @@ class Table:
             setting: np.array([rows[setting][key] for key in wanted]).reshape(len(SEEDS), EPOCHS)
             for setting in settings
         }
-        self.worth = {setting: float(curves[:, -1].mean()) for setting, curves in self.curves.items()}
         self.lowest = np.min([curves[:, -1] for curves in self.curves.values()], axis=0)  # by seed
 
     def describe(self) -> str:
         """What there is to be found."""
         last = 100 * np.array([curves[:, -1] for curves in self.curves.values()])
         lowest, means = last.min(0), last.mean(1)
-        good = (last <= WITHIN * lowest).sum(0)
+        good = [(last <= within * lowest).sum(0) for within in WITHIN]
         between, agree = np.sqrt(last.var(1, ddof=1).mean()), np.corrcoef(last.T)[0, 1]
-        found = ", ".join(f"{eer:.2f} % ({many} settings within 2 %)" for eer, many in zip(lowest, good, strict=True))
+        found = ", ".join(
+            f"{eer:.2f} % ({few} settings within 2 %, {many} within 10 %)"
+            for eer, few, many in zip(lowest, *good, strict=True)
+        )
         return (
             f"{len(means)} settings. Lowest EER by seed: {found}. Of the means over seeds the lowest is "
             f"{means.min():.2f} %, the median {np.median(means):.2f}, the highest {means.max():.2f}.\n"
@@ -129,9 +134,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a study: the training until something good was found, and the worth of its choice by budget."""
+    """What came of a study: the training until something good was found, for each of `WITHIN`, and what is found."""
 
-    need: float
+    needs: tuple[float, ...]
     worth: tuple[float, ...]
 
 
@@ -153,7 +158,7 @@ def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
     running: list[tuple[float, int, int, optuna.Trial, Setting]] = []
     tried: set[tuple[int, ...]] | None = set() if way.once else None
     most = len(table.curves) if way.once else None  # then there is no more
-    need, trained = np.inf, 0
+    needs, trained = [np.inf] * len(WITHIN), 0
     ended: list[tuple[float, Setting]] = []
     worth: list[float] = []
     numbers = itertools.count()
@@ -182,21 +187,22 @@ def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
             if epoch == EPOCHS:
                 search.tell(trial, eer)
                 ended.append((eer, setting))
-                if eer <= WITHIN * table.lowest[training_seed]:
-                    need = min(need, trained / EPOCHS)
+                for place, within in enumerate(WITHIN):
+                    if eer <= within * table.lowest[training_seed]:
+                        needs[place] = min(needs[place], trained / EPOCHS)
             else:
                 search.tell(trial, state=TrialState.PRUNED)
             start(now)
         if trained % EPOCHS == 0 and trained // EPOCHS in BUDGETS:
-            worth.append(_confirmed(table, ended))
-    worth += [_confirmed(table, ended)] * (len(BUDGETS) - len(worth))
-    return Outcome(need, tuple(worth))
+            worth.append(_confirmed(table, ended, training_seed))
+    worth += [_confirmed(table, ended, training_seed)] * (len(BUDGETS) - len(worth))
+    return Outcome(tuple(needs), tuple(worth))
 
 
-def _confirmed(table: Table, ended: list[tuple[float, Setting]]) -> float:
-    """The worth of what confirming the best few finds; chance, where no trial has come to its end."""
+def _confirmed(table: Table, ended: list[tuple[float, Setting]], training_seed: int) -> float:
+    """The EER from the other seed of what confirming the best few finds; chance, where no trial has come to its end."""
     settings = list(dict.fromkeys(setting for _, setting in sorted(ended)))[:CONFIRMED]
-    return min((table.worth[setting] for setting in settings), default=0.5)
+    return min((float(table.curves[setting][1 - training_seed, -1]) for setting in settings), default=0.5)
 
 
 def _stops(rule: object, number: int, epoch: int, eer: float) -> bool:
@@ -234,14 +240,20 @@ def ratio(needs: np.ndarray, reference: np.ndarray) -> str:
 
 def show(outcomes: Mapping[str, list[Outcome]], parallel: int) -> str:
     """A table of quartiles and ratios, and one of what is handed over."""
-    needs = {name: np.array([outcome.need for outcome in many]) for name, many in outcomes.items()}
-    lines = [f"{parallel} at a time: runs of all epochs until within 2 % of the lowest EER", ""]
-    lines += ["| | lower quartile | median | upper quartile | 90th percentile | median to random search's |"]
-    lines += ["|---" * 6 + "|"]
-    for name, need in needs.items():
-        quantiles = (f"{value:.1f}" for value in np.quantile(need, [0.25, 0.5, 0.75, 0.9], method="nearest"))
-        lines.append(f"| {name} | {' | '.join(quantiles)} | {ratio(need, needs[REFERENCE])} |")
-    lines += ["", "Mean EER % of what is handed over after so many runs, median over studies", ""]
+    lines = []
+    for place, within in enumerate(WITHIN):
+        needs = {name: np.array([outcome.needs[place] for outcome in many]) for name, many in outcomes.items()}
+        lines += [
+            f"{parallel} at a time: runs of all epochs until within {100 * (within - 1):.0f} % of the lowest EER",
+            "",
+        ]
+        lines += ["| | lower quartile | median | upper quartile | 90th percentile | median to random search's |"]
+        lines += ["|---" * 6 + "|"]
+        for name, need in needs.items():
+            quantiles = (f"{value:.1f}" for value in np.quantile(need, [0.25, 0.5, 0.75, 0.9], method="nearest"))
+            lines.append(f"| {name} | {' | '.join(quantiles)} | {ratio(need, needs[REFERENCE])} |")
+        lines.append("")
+    lines += ["EER % from another seed of what is handed over after so many runs, median over studies", ""]
     lines += [f"| | {' | '.join(map(str, BUDGETS))} |", "|---" * (1 + len(BUDGETS)) + "|"]
     for name, many in outcomes.items():
         medians = np.median([outcome.worth for outcome in many], axis=0)
