@@ -7,7 +7,7 @@ database of its own, a line for every event; what trains is replaced. A trial sl
 an EER that follows from its values, and, with --checkpoints, a checkpoint of a small encoder, of which the driver puts
 the files and a DET curve into MLflow. Every so many trials a line says what came since the one before: trials and
 results a second, the driver's CPU time for each result, of all threads and of the main one in each part, and its
-memory. The trials' processes share the machine with the driver, so the driver's CPU time is what carries over to others.
+memory. The trials' processes share the machine with the driver, so its CPU time is what carries over to others.
 """
 
 from __future__ import annotations
