@@ -38,9 +38,10 @@ import optuna
 from loss_table import EPOCHS, GRID, SEEDS, TABLE
 from optuna.trial import TrialState
 
+from raysv.search.ranges import Range
 from raysv.search.results import METRIC, TIME
 from raysv.search.samplers import draw, make_sampler
-from raysv.search.space import Range, space_from_dict
+from raysv.search.space import space_from_dict
 from raysv.search.stopping import NOBODY, Entrant, make_rule
 
 WITHIN = (1.02, 1.10)

@@ -8,9 +8,9 @@ import pytest
 from optuna.trial import TrialState
 
 from raysv.search.proposals import OptunaProposals
+from raysv.search.ranges import Range
 from raysv.search.results import METRIC, TIME
 from raysv.search.samplers import make_sampler
-from raysv.search.space import Range
 
 SPACE = {"loss.margin": Range("uniform", (0.1, 0.5)), "loss.scale": Range("loguniform", (16.0, 64.0))}
 EPOCHS = 4

@@ -4,9 +4,9 @@ import optuna
 import pytest
 
 from raysv.search.proposals import OptunaProposals
+from raysv.search.ranges import Range
 from raysv.search.results import METRIC, TIME
 from raysv.search.samplers import make_sampler
-from raysv.search.space import Range
 
 KINDS = ("tpe", "gp", "random", "quasirandom")
 SPACE = {

@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raysv.config import Config, LossConfig, config_to_dict, parse_settings
+from raysv.search.ranges import Range, combinations
 from raysv.search.space import (
     PAPER,
     PUBLISHED,
-    Range,
     ResourcesConfig,
     SearchConfig,
-    combinations,
     read_space,
     space_from_dict,
 )
@@ -222,13 +221,6 @@ def test_a_grid_holds_every_value_and_tries_nothing_first():
     space = space_from_dict(tree | {"search": {"sampler": "grid", "trials": 6}}, "")
     assert combinations(space.ranges) == 6
     assert space.first_points() == []
-
-
-def test_combinations_are_counted_where_they_end():
-    spans = {"a": Range("choice", ("x", "y", "x")), "b": Range("int", (1, 5))}
-    assert combinations(spans) == 10
-    assert combinations(spans | {"c": Range("uniform", (0.0, 1.0))}) is None
-    assert combinations(spans | {"c": Range("choice", (1, 2), {"a": ("x",)})}) is None
 
 
 def test_more_trials_than_combinations_are_refused():

@@ -29,8 +29,8 @@ from ray import cloudpickle
 from raysv.search import outbox
 from raysv.search.cards import StudyCard
 from raysv.search.proposals import OptunaProposals
+from raysv.search.ranges import Range
 from raysv.search.results import METRIC, TIME, outcome
-from raysv.search.space import Range
 from raysv.search.stopping import make_stopping
 from raysv.search.tracking import MLflowTracking
 

@@ -25,9 +25,9 @@ from raysv.search.figures import (
     read_det,
     slices,
 )
+from raysv.search.ranges import Range
 from raysv.search.records import TrialRecord
 from raysv.search.results import METRIC, metrics_by_epoch
-from raysv.search.space import Range
 from raysv.search.study import Study, started
 from raysv.search.wording import duration, short_names, show_value
 

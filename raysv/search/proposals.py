@@ -15,10 +15,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.experiment import Trial
 from ray.tune.search.optuna import OptunaSearch
 
+from raysv.search.ranges import Range, combinations
 from raysv.search.results import METRIC, TIME, outcome
 from raysv.search.samplers import draw, make_sampler
 from raysv.search.snapshots import newest
-from raysv.search.space import Range, combinations
 
 SQLITE_PATIENCE_SECONDS = 60  # for a lock: a dashboard may be reading
 

@@ -13,7 +13,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from raysv.search.space import Range, combinations
+from raysv.search.ranges import Range, combinations
 
 USUAL_STARTUP_TRIALS = 10  # Optuna's own number of random trials before a model is used
 REPEATS = "repeats"  # attribute of a proposal that was not tried, with the number of the draws before

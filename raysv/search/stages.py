@@ -21,10 +21,11 @@ from raysv.search.confirmation import SEED, Candidate, points, seeds
 from raysv.search.faults import CommonFault
 from raysv.search.progress import Progress
 from raysv.search.proposals import OptunaProposals
+from raysv.search.ranges import Range
 from raysv.search.results import METRIC
 from raysv.search.samplers import make_sampler
 from raysv.search.snapshots import Spare, forget
-from raysv.search.space import Range, Space
+from raysv.search.space import Space
 from raysv.search.stopping import make_stopping
 from raysv.search.study import CONFIRM_FOLDER, SPACE_FILE, TUNE_FOLDER, started
 from raysv.search.tracking import MLflowTracking
