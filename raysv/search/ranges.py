@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +47,9 @@ class Range:
             return len(set(self.values))
         return self.values[1] - self.values[0] + 1 if self.kind == "int" else None
 
-    def all_values(self) -> list[Any]:
+    def all_values(self) -> Sequence[Any]:
         """Every value of a range that has an end of them."""
-        return (
-            list(range(self.values[0], self.values[1] + 1)) if self.kind == "int" else list(dict.fromkeys(self.values))
-        )
+        return range(self.values[0], self.values[1] + 1) if self.kind == "int" else tuple(dict.fromkeys(self.values))
 
     def distribution(self) -> BaseDistribution:
         """As Optuna takes it."""
