@@ -2,9 +2,12 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import optuna
+import optuna_dashboard
 import pytest
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from raysv.search.proposals import OptunaProposals
@@ -51,6 +54,24 @@ def killed_and_restored(search: OptunaProposals, storage: str, snapshot: Path, *
     fresh = proposals(storage, **options)
     fresh.restore(str(snapshot))
     return fresh
+
+
+def page(storage: str, path: str, query: str = "") -> Any:
+    """What optuna-dashboard answers, as JSON."""
+    asked: dict[str, Any] = {"PATH_INFO": path, "QUERY_STRING": query}
+    setup_testing_defaults(asked)
+    return json.loads(b"".join(optuna_dashboard.wsgi(RDBStorage(storage))(asked, lambda *answer: None)))
+
+
+def test_optuna_s_dashboard_opens_the_storage(storage: str) -> None:
+    search = proposals(storage)
+    run(search, "whole", [0.4, 0.3, 0.2, 0.1])
+    run(search, "stopped", [0.4, 0.3])
+    (listed,) = page(storage, "/api/studies")["study_summaries"]
+    assert listed["study_name"] == "study"
+    told = page(storage, f"/api/studies/{listed['study_id']}", "after=0")
+    assert [trial["state"] for trial in told["trials"]] == ["Complete", "Pruned"]
+    assert optuna.load_study(study_name="study", storage=storage).metric_names == [METRIC]
 
 
 def test_a_proposal_lies_in_the_space(storage: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -81,6 +83,9 @@ class OptunaProposals(OptunaSearch):
         if not space:
             self._setup_study(self._mode)
         if not self._known():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self._study.set_metric_names(self._objectives)  # for whoever opens the storage
             for point in points or []:
                 self._study.enqueue_trial(point)
             self._study.add_trials(earlier)
