@@ -182,7 +182,8 @@ def _costs(ways: dict[str, Way], repeats: int) -> tuple[dict[str, float], dict[s
             if turn:
                 cpu[name].append((time.process_time() - cpu_started) / views)
                 wall[name].append((time.perf_counter() - wall_started) / views)
-    return ({name: statistics.median(values) for name, values in costs.items()} for costs in (cpu, wall))
+    medians = [{name: statistics.median(values) for name, values in costs.items()} for costs in (cpu, wall)]
+    return medians[0], medians[1]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import machine
@@ -141,7 +142,9 @@ def wespeaker(folder: Path, speech: Speech, name: str, workers: int) -> Callable
     from wespeaker.utils.schedulers import ExponentialDecrease, MarginScheduler
 
     dataset, classes = wespeaker_dataset(speech, folder, FRAMES)
-    loader = DataLoader(dataset, batch_size=CROPS, drop_last=True, pin_memory=False, num_workers=workers)
+    loader: DataLoader[Any] = DataLoader(
+        dataset, batch_size=CROPS, drop_last=True, pin_memory=False, num_workers=workers
+    )
     steps = 2 * len(speech.utterances) // CROPS
     model = getattr(ecapa_tdnn, name)(80, 192)
     projection = {"project_type": "arc_margin", "scale": 32.0, "easy_margin": False}

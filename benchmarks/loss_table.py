@@ -39,7 +39,7 @@ GRID = {  # the paper's setting is one of them, and so is no augmentation at all
     "temperature": (0.03, 0.07, 0.2),
     "strength": (0.0, 0.5, 1.0),
 }
-CONFIG = {
+CONFIG: dict[str, dict[str, Any]] = {
     "data": {
         "dev_pairs": "trials_speechocean_dev.txt",
         "test_pairs": {

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import soundfile
 import torch
@@ -135,7 +136,7 @@ def our_config(cache: Path, train: str = "train.csv", **sections: dict[str, obje
     return config_from_dict({"data": data, **sections})
 
 
-def wespeaker_dataset(speech: Speech, folder: Path, frames: int) -> tuple[object, dict[str, int]]:
+def wespeaker_dataset(speech: Speech, folder: Path, frames: int) -> tuple[Any, dict[str, int]]:
     """Its chain for `raw` data: read, crop, disturb with probability 0.6, Kaldi's fbank; and the speakers' classes.
 
     As its `examples/voxceleb/v2/conf/ecapa_tdnn.yaml` has it, but for speed perturbation, which needs a part of
@@ -163,8 +164,8 @@ def wespeaker_dataset(speech: Speech, folder: Path, frames: int) -> tuple[object
 
 def tableprint_and_torchnet() -> None:
     """The little that wespeaker's loop asks of two packages: a line of a log, a mean and an accuracy."""
-    sys.modules["tableprint"].row = lambda *cells, **style: ""
-    sys.modules["torchnet"].meter = SimpleNamespace(AverageValueMeter=_Mean, ClassErrorMeter=_Accuracy)
+    vars(sys.modules["tableprint"])["row"] = lambda *cells, **style: ""
+    vars(sys.modules["torchnet"])["meter"] = SimpleNamespace(AverageValueMeter=_Mean, ClassErrorMeter=_Accuracy)
 
 
 class _Mean:
@@ -178,12 +179,15 @@ class _Mean:
         return [self.total / max(1, self.count)]
 
 
-class _Accuracy(_Mean):
+class _Accuracy:
     def __init__(self, accuracy: bool) -> None:
-        super().__init__()
+        self.mean = _Mean()
 
-    def add(self, outputs, targets) -> None:
-        super().add(float((outputs.argmax(1) == targets).mean()))
+    def add(self, outputs: Any, targets: Any) -> None:
+        self.mean.add(float((outputs.argmax(1) == targets).mean()))
+
+    def value(self) -> list[float]:
+        return self.mean.value()
 
 
 def _rows(file: Path) -> list[dict[str, str]]:

@@ -170,7 +170,7 @@ def run(space: Space, parallel: int, seconds: float, every: int, minutes: float,
         trainable = functools.partial(stand_in, epochs=space.epochs, seconds=seconds, checkpoint=checkpoint)
         stage = search_stage(space, folder)
         tuner = make_tuner(stage, ray.tune.with_resources(trainable, {"CPU": 1}), space, folder, parallel, uri)
-        callbacks = tuner._local_tuner.get_run_config().callbacks  # type: ignore[union-attr]
+        callbacks = tuner._local_tuner.get_run_config().callbacks
         callbacks.append(Told(clock, every, minutes))
         started = time.monotonic()
         with contextlib.redirect_stdout(nowhere):

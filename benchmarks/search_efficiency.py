@@ -171,7 +171,7 @@ def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
         trial = draw(search, RANGES, tried)
         setting = tuple(trial.params[key] for key in GRID)
         if rule:
-            rule.on_trial_add(NOBODY, Entrant(str(number), number))  # type: ignore[arg-type]
+            rule.on_trial_add(NOBODY, Entrant(str(number), number))
         # trials that start together end their epochs in no order of theirs
         heapq.heappush(running, (now + 1 + 1e-6 * generator.random(), number, 1, trial, setting))
 
