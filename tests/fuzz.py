@@ -37,7 +37,7 @@ def fuzz(name: str, seconds: int, folder: Path) -> None:
         refusal(parse, folder / "work", content)
 
     options = [f"-max_total_time={seconds}", f"-max_len={max(4096, 2 * len(valid))}", f"-timeout={UNIT_SECONDS}"]
-    options += [f"-artifact_prefix={folder / 'found'}/", "-print_final_stats=1"]
+    options += [f"-artifact_prefix={folder / 'found'}/", "-print_final_stats=1", "-rss_limit_mb=4096"]
     atheris.Setup([sys.argv[0], *options, str(folder / "seeds")], once)
     atheris.Fuzz()
 

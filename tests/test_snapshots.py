@@ -1,68 +1,90 @@
+import errno
 import json
-import os
 import pickle
-import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from ray.tune.callback import CallbackList
 
 from raysv.search import snapshots
-from raysv.search.snapshots import BEGAN, KINDS, TRIALS, TUNER, Spare, forget, mend, newest, set_aside
+from raysv.search.snapshots import (
+    BEGAN,
+    COUNTER,
+    KINDS,
+    TRIALS,
+    TUNER,
+    Spare,
+    await_clock,
+    forget,
+    mend,
+    newest,
+    set_aside,
+)
 
 FIRST, SECOND = "2025-11-30_10-00-00", "2025-11-30_11-00-00"
 
 
-def written(folder: Path, session: str, told: object) -> Path:
+def written(folder: Path, session: str, trials: int) -> Path:
     """What a driver leaves that began at a time; only the record of the trials is JSON, whatever the names say."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
+        told = {"trial_data": list(range(trials)), "counter": trials}
         content = json.dumps(told).encode() if kind == TRIALS else pickle.dumps(told)
         (folder / kind.replace("*", session)).write_bytes(content)
     (folder / TUNER).write_bytes(pickle.dumps("tuner"))
     return folder
 
 
-def told(folder: Path) -> dict[str, Any]:
-    files = [file for file in folder.iterdir() if file.is_file() and file.name != TUNER]
+def told(folder: Path) -> dict[str, int]:
+    """By file, how many trials it knows of."""
     return {
-        file.name: json.loads(file.read_bytes()) if "experiment" in file.name else pickle.loads(file.read_bytes())
-        for file in files
+        file.name: (json.loads if "experiment" in file.name else pickle.loads)(file.read_bytes())["counter"]
+        for kind in KINDS
+        for file in folder.glob(kind)
     }
 
 
+def of(session: str, trials: int) -> dict[str, int]:
+    return {kind.replace("*", session): trials for kind in KINDS}
+
+
 def tear(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
+    content = file.read_bytes()
+    file.write_bytes(content[: content.rindex(b"t") + 1])
 
 
 @pytest.fixture
 def tune(tmp_path: Path) -> Path:
-    return tmp_path / "tune"
+    """Tune's folder after a driver with two trials."""
+    return written(tmp_path / "tune", FIRST, 2)
 
 
-def test_the_newest_record_is_read_or_where_it_is_torn_its_copy(tune: Path, tmp_path: Path) -> None:
-    assert newest(tune) is None
-    written(tune, FIRST, "first")
-    assert set_aside(written(tmp_path / "staging", FIRST, "copy"), tune)
-    written(tune, SECOND, "second")
+@pytest.fixture
+def staging(tmp_path: Path) -> Path:
+    """Where that driver had written them first."""
+    return written(tmp_path / "staging", FIRST, 1)
+
+
+def test_the_newest_record_is_read_or_where_it_is_torn_its_copy(tune: Path, staging: Path, tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    assert set_aside(staging, tune)
+    written(tune, SECOND, 3)
     assert newest(tune) == tune / f"experiment_state-{SECOND}.json"
     tear(tune / f"experiment_state-{SECOND}.json")
     copy = newest(tune)
     assert copy is not None
-    assert json.loads(copy.read_text()) == "copy"
+    assert json.loads(copy.read_text())["counter"] == 1
     forget(tune)
     with pytest.raises(ValueError, match=rf"{SECOND}\.json cannot be read, .* Remove all files \*-{SECOND}\.\*"):
         newest(tune)
 
 
-def test_what_is_whole_is_left_as_it_is(tune: Path, tmp_path: Path) -> None:
-    assert mend(tune) == ""
-    written(tune, FIRST, "first")
-    set_aside(written(tmp_path / "staging", FIRST, "copy"), tune)
-    written(tune, SECOND, "second")
+def test_what_is_whole_is_left_as_it_is(tune: Path, staging: Path, tmp_path: Path) -> None:
+    assert mend(tmp_path / "nothing yet") == ""
+    set_aside(staging, tune)
+    written(tune, SECOND, 3)
     before = told(tune)
     assert mend(tune) == ""
     assert told(tune) == before
@@ -70,117 +92,165 @@ def test_what_is_whole_is_left_as_it_is(tune: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("torn", [*(kind.replace("*", SECOND) for kind in KINDS), TUNER])
 @pytest.mark.parametrize("how", ["torn", "missing"])
-def test_a_copy_takes_the_place_of_all_files_where_one_is_torn(torn: str, how: str, tune: Path, tmp_path: Path) -> None:
-    written(tune, FIRST, "first")
-    set_aside(written(tmp_path / "staging", FIRST, "copy"), tune)
-    written(tune, SECOND, "second")
+def test_a_copy_takes_the_place_of_all_files_where_one_is_torn(torn: str, how: str, tune: Path, staging: Path) -> None:
+    set_aside(staging, tune)
+    written(tune, SECOND, 3)
     (tune / "trial").mkdir()
     if how == "torn":
         tear(tune / torn)
     else:
         (tune / torn).unlink()
     assert "was torn when its driver was killed" in mend(tune)
-    assert told(tune) == {kind.replace("*", FIRST): "copy" for kind in KINDS}
+    assert told(tune) == of(FIRST, 2) | of(SECOND, 1)  # the last are what Tune reads
     assert pickle.loads((tune / TUNER).read_bytes()) == "tuner"
     assert (tune / "trial").is_dir()
     assert mend(tune) == ""
 
 
-def test_without_a_copy_nothing_is_thrown_away_but_what_has_no_result(tune: Path) -> None:
-    written(tune, FIRST, "first")
+def test_a_search_that_has_counted_more_trials_than_tune_has_is_of_another_moment(tune: Path, staging: Path) -> None:
+    newer = pickle.dumps({"counter": 3})
+    (tune / COUNTER.replace("*", FIRST)).write_bytes(newer)
+    assert mend(tune) == ""  # without a copy there is nothing better
+    assert (tune / COUNTER.replace("*", FIRST)).read_bytes() == newer
+    set_aside(staging, tune)
+    assert "was torn" in mend(tune)
+    assert told(tune) == of(FIRST, 1)
+
+
+def test_without_a_copy_nothing_is_thrown_away(tune: Path) -> None:
     tear(tune / f"searcher-state-{FIRST}.pkl")
-    (tune / "trial").mkdir()
-    (tune / "trial" / "result.json").write_text('{"epoch": 1}\n')
+    before = {file.name: file.read_bytes() for file in tune.iterdir()}
     with pytest.raises(ValueError, match="there is no copy"):
         mend(tune)
-    assert len(told_names(tune)) == len(KINDS)
-    (tune / "trial" / "result.json").write_text("")
-    assert mend(tune) == ""
-    assert told_names(tune) == set()
-    assert newest(tune) is None
+    assert {file.name: file.read_bytes() for file in tune.iterdir()} == before
 
 
-def told_names(folder: Path) -> set[str]:
-    return {file.name for kind in KINDS for file in folder.glob(kind)}
+@pytest.mark.parametrize("writes", range(len(KINDS) + 1))
+def test_mending_that_is_broken_off_is_begun_again(
+    writes: int, tune: Path, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_aside(staging, tune)
+    for kind in KINDS:
+        tear(tune / kind.replace("*", FIRST))
+    write, left = snapshots._write, [None] * writes
+
+    def full(target: Path, content: bytes) -> None:
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left.pop()
+        write(target, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            mend(tune)
+    mend(tune)
+    assert told(tune) == of(FIRST, 1)
 
 
-def test_what_is_torn_is_not_put_aside_and_the_copy_before_stays(tune: Path, tmp_path: Path) -> None:
-    staging = written(tmp_path / "staging", FIRST, "early")
-    written(tune, FIRST, "early")
+def test_what_is_torn_is_not_put_aside_and_the_copy_before_stays(tune: Path, staging: Path) -> None:
     assert set_aside(staging, tune)
-    written(staging, FIRST, "late")
+    written(staging, FIRST, 2)
     tear(staging / f"callback-states-{FIRST}.pkl")
     assert not set_aside(staging, tune)
-    written(tune, FIRST, "late")
     tear(tune / f"experiment_state-{FIRST}.json")
     mend(tune)
-    assert set(told(tune).values()) == {"early"}
+    assert told(tune) == of(FIRST, 1)
 
 
-def test_of_copies_the_last_stays_and_one_that_was_broken_off_does_not_count(tune: Path, tmp_path: Path) -> None:
-    staging = tmp_path / "staging"
-    written(tune, FIRST, "early")
+def test_of_copies_the_last_stays_and_what_is_none_does_not_count(tune: Path, staging: Path, tmp_path: Path) -> None:
     for number in range(12):
         written(staging, FIRST, number)
         assert set_aside(staging, tune)
     home = tmp_path / "tune-spare"
-    (home / "000013.partial").mkdir()
-    assert sorted(place.name for place in home.iterdir()) == ["000012", "000013.partial"]
-    written(tune, FIRST, "late")
+    for stranger in ("13.partial", "@eaDir"):
+        (home / stranger).mkdir()
+    assert sorted(place.name for place in home.iterdir()) == ["12", "13.partial", "@eaDir"]
     tear(tune / f"experiment_state-{FIRST}.json")
     mend(tune)
-    assert set(told(tune).values()) == {11}
+    assert told(tune) == of(FIRST, 11)
     assert set_aside(staging, tune)
-    assert [place.name for place in home.iterdir()] == ["000013"]
+    assert sorted(place.name for place in home.iterdir()) == ["13", "@eaDir"]
 
 
 def test_a_clock_that_was_set_back_is_waited_for_or_named(
-    tune: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(snapshots.time, "sleep", slept.append)
+    await_clock(tmp_path / "nothing yet")
     now = datetime.now()
-    written(tune, (now + timedelta(seconds=20)).strftime(BEGAN), "a little ahead")
-    assert mend(tune) == ""
+    tune = written(tmp_path / "tune", FIRST, 1)
+    await_clock(tune)
+    assert not slept
+    written(tune, (now + timedelta(seconds=20)).strftime(BEGAN), 1)
+    await_clock(tune)
     assert 18 < slept.pop() < 22
-    written(tune, (now + timedelta(hours=2)).strftime(BEGAN), "in another time zone")
-    with pytest.raises(ValueError, match=r"By this machine's clock and time zone it is .* driver began at .* Set the"):
-        mend(tune)
+    assert "Waiting" in capsys.readouterr().out
+    written(tune, (now + timedelta(hours=2)).strftime(BEGAN), 1)
+    with pytest.raises(ValueError, match=r"By this machine's clock and time zone it is .* driver began at .* set TZ"):
+        await_clock(tune)
     assert not slept
 
 
+class Driver:
+    """What of Tune calls a callback."""
+
+    def __init__(self, callback: Spare, staging: Path) -> None:
+        self._callbacks = CallbackList([pickle.loads(pickle.dumps(callback))])
+        self._trial = SimpleNamespace(storage=SimpleNamespace(experiment_driver_staging_path=str(staging)))
+        self._callbacks.set_state(CallbackList([callback]).get_state() or {})
+        self._callbacks.setup()
+
+    def step(self, trials: int = 1) -> None:
+        self._callbacks.on_step_begin(iteration=1, trials=[self._trial] * trials)
+        self._callbacks.on_step_end(iteration=1, trials=[self._trial] * trials)
+
+
+def copied(tune: Path) -> int:
+    (place,) = tune.with_name("tune-spare").iterdir()
+    (trials,) = set(told(place).values())
+    return trials
+
+
 def test_copies_are_made_at_once_and_then_now_and_then_in_every_life_of_a_driver(
-    tune: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, staging: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(snapshots.time, "monotonic", lambda: now)
-    staging = written(tmp_path / "staging", FIRST, "early")
-    written(tune, FIRST, "early")
-    trial = SimpleNamespace(storage=SimpleNamespace(experiment_driver_staging_path=str(staging)))
-    spare = Spare(tune, every_seconds=30)
-    spare.setup()
-    spare.on_step_end(1, [])
+    tune = tmp_path / "tune"
+    tune.mkdir()
+    (tune / TUNER).write_bytes(pickle.dumps("tuner"))
+    driver = Driver(Spare(tune, every_seconds=30), staging)
+    driver.step(trials=0)
     assert not (tmp_path / "tune-spare").exists()  # there is nothing yet
-
-    def copied() -> Any:
-        (place,) = (tmp_path / "tune-spare").iterdir()
-        return told(place)[f"searcher-state-{FIRST}.pkl"]
-
-    spare.on_step_end(2, [trial])
-    assert copied() == "early"
-    written(staging, FIRST, "late")
+    driver.step()
+    assert copied(tune) == 1
+    written(staging, FIRST, 2)
     now += 29
-    spare.on_step_end(3, [trial])
-    assert copied() == "early"
+    driver.step()
+    assert copied(tune) == 1
     now += 2
-    spare.on_step_end(4, [trial])
-    assert copied() == "late"
-    again = CallbackList([pickle.loads(pickle.dumps(spare))])  # after a reboot, when the clock has begun anew
-    again.set_state(CallbackList([spare]).get_state() or {})
-    now = 5.0
-    again.setup()
-    written(staging, FIRST, "after the reboot")
-    again.on_step_end(iteration=1, trials=[trial])
-    assert copied() == "after the reboot"
-    assert time.monotonic() == now
-    assert os.path.isdir(tune)
+    driver.step()
+    assert copied(tune) == 2
+    now = 5.0  # after a reboot the clock has begun anew
+    written(staging, FIRST, 3)
+    Driver(Spare(tune, every_seconds=30), staging).step()
+    assert copied(tune) == 3
+
+
+def test_a_copy_that_cannot_be_made_stops_nothing(
+    tune: Path, staging: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune.with_name("tune-spare").write_text("no folder")
+    driver = Driver(Spare(tune, every_seconds=0), staging)
+    driver.step()
+    driver.step()
+    assert capsys.readouterr().out.count("No copy of Tune's record can be made") == 1
+
+
+def test_a_study_that_tune_could_not_restore_is_not_begun_anew(tune: Path, staging: Path) -> None:
+    with pytest.raises(RuntimeError, match="Tune could not restore the trials"):
+        Driver(Spare(tune), staging).step(trials=0)
+    written(tune, FIRST, 0)
+    Driver(Spare(tune), staging).step(trials=0)

@@ -53,6 +53,8 @@ class OptunaProposals(OptunaSearch):
         sampler: see `make_sampler`; TPE if not given.
     """
 
+    _tried: set[tuple[Any, ...]] | None = None  # a study that an earlier revision began has none
+
     def __init__(
         self,
         space: dict[str, Range],
@@ -71,7 +73,7 @@ class OptunaProposals(OptunaSearch):
         self._objectives = [METRIC, second] if second else [METRIC]
         self._most_at_once = sys.maxsize
         self._live: set[str] = set()
-        self._tried: set[tuple[Any, ...]] | None = set() if space and combinations(space) else None
+        self._tried = set() if space and combinations(space) else None
         super().__init__(
             {key: span.distribution() for key, span in space.items()},
             metric=self._objectives if second else METRIC,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ray.tune.experiment import Trial
 from raysv.search.results import METRIC, TIME, error_in, outcome, trial_name
 from raysv.search.snapshots import newest
 
-PATIENCE = 5
+TRIES, TRY_SECONDS = 3, 0.2
 ERROR_FILE = "error.txt"  # Tune's report of what a trial died of, in the trial's folder
 
 
@@ -58,22 +59,26 @@ def read_records(folder: Path, epochs: int) -> list[TrialRecord]:
     Raises: ValueError when no snapshot can be read.
     """
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # a trial may well have no result yet
-    for _ in range(PATIENCE):
-        snapshot = newest(folder)
-        if snapshot is None:
-            return []  # broken off before Tune had noted anything
-        try:
-            return [_record(trial, epochs) for trial in ExperimentAnalysis(str(snapshot)).trials or []]
-        except (json.JSONDecodeError, FileNotFoundError) as error:
-            changing = error  # a living driver has written it, or put another copy aside, in this very moment
-    raise ValueError(f"{snapshot} cannot be read: {changing}.")
+    for _ in range(TRIES - 1):  # a living driver may write it, or put another copy aside, in this very moment
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            return _read(folder, epochs)
+        time.sleep(TRY_SECONDS)
+    return _read(folder, epochs)
 
 
-def _record(trial: Any, epochs: int) -> TrialRecord:
+def _read(folder: Path, epochs: int) -> list[TrialRecord]:
+    snapshot = newest(folder)
+    if snapshot is None:
+        return []  # broken off before Tune had noted anything
+    trials = ExperimentAnalysis(str(snapshot)).trials or []
+    return [_record(trial, folder / Path(trial.path).name, epochs) for trial in trials]
+
+
+def _record(trial: Any, folder: Path, epochs: int) -> TrialRecord:
     metrics = dict(trial.last_result or {})
     end, reason = outcome(metrics, epochs)
     if trial.status == Trial.ERROR:
-        end, reason = "error", error_in(Path(trial.path, ERROR_FILE))  # trial.error_file is only there while Ray runs
+        end, reason = "error", error_in(folder / ERROR_FILE)  # trial.error_file is only there while Ray runs
     elif trial.status != Trial.TERMINATED:
         end, reason = "unfinished", ""
     return TrialRecord(

@@ -63,11 +63,11 @@ def draw(study: Study, ranges: Mapping[str, Range], tried: set[tuple[Any, ...]] 
         for key, span in ranges.items():
             if span.is_open(values):
                 values[key] = span.suggest(trial, key)
-        if tried is None or tuple(values.values()) not in tried or len(tried) == most:
+        if tried is None or tuple(values.values()) not in tried or len(tried) >= (most or 0):
             break
         trial.set_user_attr(REPEATS, number)
         study.tell(trial, state=TrialState.FAIL)
-        if number > REDRAWS:
+        if number == REDRAWS + 1:
             study.enqueue_trial(_untried(ranges, tried))
     if tried is not None:
         tried.add(tuple(values.values()))

@@ -24,7 +24,7 @@ from raysv.search.proposals import OptunaProposals
 from raysv.search.ranges import Range
 from raysv.search.results import METRIC
 from raysv.search.samplers import make_sampler
-from raysv.search.snapshots import Spare, forget
+from raysv.search.snapshots import Spare, await_clock, forget, forget_staging
 from raysv.search.space import Space
 from raysv.search.stopping import make_stopping
 from raysv.search.study import CONFIRM_FOLDER, SPACE_FILE, TUNE_FOLDER, started
@@ -122,12 +122,14 @@ def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_ur
     """
     trainable = ray.tune.with_resources(functools.partial(run_trial, job=job), job.trial_resources)
     if resume:
+        await_clock(folder / stage.tune_folder)
+        forget_staging(folder / stage.tune_folder)
         tuner = ray.tune.Tuner.restore(str(folder / stage.tune_folder), trainable, resume_errored=True)
     else:
+        forget(folder / stage.tune_folder)
         for remains in stage.fresh:
             (folder / remains).unlink(missing_ok=True)
         _forget(folder, stage.study_name)
-        forget(folder / stage.tune_folder)
         tuner = make_tuner(stage, trainable, job.space, folder, concurrent, tracking_uri)
     before = signal.getsignal(signal.SIGINT)
     try:
