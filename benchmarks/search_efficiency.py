@@ -11,9 +11,7 @@ Told are: the training, in runs of all epochs, until a trial has come to its end
 that the study's seed has in the table, which is one or two settings, and within 10 %, which is about what a setting's
 EER deviates by from seed to seed; quartiles and the 90th percentile over studies, and the ratio of the median to that
 of random search, in which no setting comes twice either, with its 90 % interval (bootstrap over studies: over what
-samplers draw, not over tables). And what a study with so much training would hand over is worth: of the three trials
-with the lowest last EERs, the one that is best with the table's other seed, which is what confirming them finds; its
-EER with that other seed, the median over studies.
+samplers draw, not over tables).
 
 raysv's grace was chosen on this table, and so its row is no prediction for others.
 
@@ -45,9 +43,7 @@ from raysv.search.space import space_from_dict
 from raysv.search.stopping import NOBODY, Entrant, make_rule
 
 WITHIN = (1.02, 1.10)
-CONFIRMED = 3
 RUNS = 160  # of all epochs: the training after which a study is given up
-BUDGETS = (5, 10, 20, 40, 80)  # runs of all epochs, at which is told what a study would hand over
 RANGES = {key: Range("int", (0, len(values) - 1)) for key, values in GRID.items()}
 PUBLISHED = ({"margin": 0.2, "scale": 30.0, "temperature": 0.07, "strength": 0.5},)  # of the table's settings
 
@@ -133,15 +129,10 @@ class Table:
         )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a study: the training until something good was found, for each of `WITHIN`, and what is found."""
-
-    needs: tuple[float, ...]
-    worth: tuple[float, ...]
+Needs = tuple[float, ...]  # the training until something good was found, for each of `WITHIN`; infinite if it was not
 
 
-def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
+def study(table: Table, way: Way, parallel: int, number: int) -> Needs:
     """One simulated study; its number is its sampler's seed and, by turns, chooses the training seed."""
     generator, training_seed = np.random.default_rng(number), number % len(SEEDS)
     search = optuna.create_study(sampler=make_sampler(way.sampler, RANGES, number))
@@ -160,8 +151,6 @@ def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
     tried: set[tuple[int, ...]] | None = set() if way.once else None
     most = len(table.curves) if way.once else None  # then there is no more
     needs, trained = [np.inf] * len(WITHIN), 0
-    ended: list[tuple[float, Setting]] = []
-    worth: list[float] = []
     numbers = itertools.count()
 
     def start(now: float) -> None:
@@ -187,23 +176,13 @@ def study(table: Table, way: Way, parallel: int, number: int) -> Outcome:
         else:
             if epoch == EPOCHS:
                 search.tell(trial, eer)
-                ended.append((eer, setting))
                 for place, within in enumerate(WITHIN):
                     if eer <= within * table.lowest[training_seed]:
                         needs[place] = min(needs[place], trained / EPOCHS)
             else:
                 search.tell(trial, state=TrialState.PRUNED)
             start(now)
-        if trained % EPOCHS == 0 and trained // EPOCHS in BUDGETS:
-            worth.append(_confirmed(table, ended, training_seed))
-    worth += [_confirmed(table, ended, training_seed)] * (len(BUDGETS) - len(worth))
-    return Outcome(tuple(needs), tuple(worth))
-
-
-def _confirmed(table: Table, ended: list[tuple[float, Setting]], training_seed: int) -> float:
-    """The EER from the other seed of what confirming the best few finds; chance, where no trial has come to its end."""
-    settings = list(dict.fromkeys(setting for _, setting in sorted(ended)))[:CONFIRMED]
-    return min((float(table.curves[setting][1 - training_seed, -1]) for setting in settings), default=0.5)
+    return tuple(needs)
 
 
 def _stops(rule: object, number: int, epoch: int, eer: float) -> bool:
@@ -213,13 +192,13 @@ def _stops(rule: object, number: int, epoch: int, eer: float) -> bool:
     return bool(rule.on_trial_result(NOBODY, entrant, {TIME: epoch, METRIC: eer}) == "STOP")  # type: ignore[attr-defined]
 
 
-def _quiet(table: Table, way: Way, parallel: int, number: int) -> Outcome:
+def _quiet(table: Table, way: Way, parallel: int, number: int) -> Needs:
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return study(table, way, parallel, number)
 
 
-def measure(table: Table, parallel: int, studies: int, processes: int) -> Iterator[tuple[str, list[Outcome]]]:
+def measure(table: Table, parallel: int, studies: int, processes: int) -> Iterator[tuple[str, list[Needs]]]:
     """What each way comes to, over studies that differ in their number alone."""
     with Pool(processes) as pool:
         for name, way in WAYS.items():
@@ -239,11 +218,11 @@ def ratio(needs: np.ndarray, reference: np.ndarray) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})" if np.isfinite([low, middle, high]).all() else "–"
 
 
-def show(outcomes: Mapping[str, list[Outcome]], parallel: int) -> str:
-    """A table of quartiles and ratios, and one of what is handed over."""
+def show(outcomes: Mapping[str, list[Needs]], parallel: int) -> str:
+    """A table of quartiles and ratios for each of `WITHIN`."""
     lines = []
     for place, within in enumerate(WITHIN):
-        needs = {name: np.array([outcome.needs[place] for outcome in many]) for name, many in outcomes.items()}
+        needs = {name: np.array([needs[place] for needs in many]) for name, many in outcomes.items()}
         lines += [
             f"{parallel} at a time: runs of all epochs until within {100 * (within - 1):.0f} % of the lowest EER",
             "",
@@ -252,13 +231,9 @@ def show(outcomes: Mapping[str, list[Outcome]], parallel: int) -> str:
         lines += ["|---" * 6 + "|"]
         for name, need in needs.items():
             quantiles = (f"{value:.1f}" for value in np.quantile(need, [0.25, 0.5, 0.75, 0.9], method="nearest"))
-            lines.append(f"| {name} | {' | '.join(quantiles)} | {ratio(need, needs[REFERENCE])} |")
+            beside = "1" if name == REFERENCE else ratio(need, needs[REFERENCE])
+            lines.append(f"| {name} | {' | '.join(quantiles)} | {beside} |")
         lines.append("")
-    lines += ["EER % from another seed of what is handed over after so many runs, median over studies", ""]
-    lines += [f"| | {' | '.join(map(str, BUDGETS))} |", "|---" * (1 + len(BUDGETS)) + "|"]
-    for name, many in outcomes.items():
-        medians = np.median([outcome.worth for outcome in many], axis=0)
-        lines.append(f"| {name} | {' | '.join(f'{100 * value:.2f}' for value in medians)} |")
     return "\n".join(lines)
 
 
