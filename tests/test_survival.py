@@ -244,7 +244,7 @@ def read_only_pack(tmp_path: Path) -> Iterator[Path]:
 def test_data_on_a_read_only_file_system_are_trained_on(desk: Desk, read_only_pack: Path) -> None:
     with pytest.raises(OSError, match="Read-only file system"):
         (read_only_pack / "x").touch()
-    small = ["model.channels=8", "training.epochs=1", "search.trials=1", "search.confirm=0", "resources.workers=1"]
+    small = ["model.channels=16", "training.epochs=2", "search.trials=1", "search.confirm=0", "resources.workers=1"]
     small += ["resources.gpus_per_worker=0", f"data.root={read_only_pack}"]
     options = [part for setting in small for part in ("--set", setting)]
     desk.run("tune.py", str(SOURCE / "search_spaces" / "speechocean.yaml"), "--name", "read-only", *options)
