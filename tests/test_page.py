@@ -103,7 +103,8 @@ def test_a_confirmed_study_leads_with_the_verdict(study: Study, tmp_path: Path) 
 
 
 def test_a_space_of_words_alone_has_no_slices_and_its_figures_can_be_drawn(study: Study, tmp_path: Path) -> None:
-    space = space_from_dict({"optimizer": {"name": {"choice": ["adamw", "sgd"]}}, "training": {"epochs": EPOCHS}}, "w")
+    words_alone = {"optimizer": {"name": {"choice": ["adamw", "sgd"]}}, "search": {"trials": 2}}
+    space = space_from_dict(words_alone | {"training": {"epochs": EPOCHS}}, "w")
     trials = [dataclasses.replace(one, values={"optimizer.name": "sgd"}) for one in study.trials]
     report = make_report(Study(space, trials), tmp_path)
     assert "slices" not in report.figures

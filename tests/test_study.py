@@ -220,7 +220,9 @@ def test_a_record_that_a_dying_driver_tore_is_named(space: Space, tmp_path: Path
     folder = open_study(space, tmp_path, URI, "mine")
     (folder / TUNE_FOLDER).mkdir()
     (folder / TUNE_FOLDER / "experiment_state-2026.json").write_text('{"trial_data": [["')
-    with pytest.raises(ValueError, match=r"experiment_state-2026\.json cannot be read: .* Remove that file"):
+    with pytest.raises(
+        ValueError, match=r"experiment_state-2026\.json cannot be read, .* Remove all files \*-2026\.\*"
+    ):
         read_study(folder)
 
 
