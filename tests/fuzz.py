@@ -21,7 +21,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["raysv"]):
-    from test_untrusted import PARSERS, refusal
+    from test_untrusted import PARSERS, read_or_refuse
 
 UNIT_SECONDS = 10  # for one file
 
@@ -34,7 +34,7 @@ def fuzz(name: str, seconds: int, folder: Path) -> None:
     (folder / "seeds" / "valid").write_bytes(valid)
 
     def once(content: bytes) -> None:
-        refusal(parse, folder / "work", content)
+        read_or_refuse(parse, folder / "work", content)
 
     options = [f"-max_total_time={seconds}", f"-max_len={max(4096, 2 * len(valid))}", f"-timeout={UNIT_SECONDS}"]
     options += [f"-artifact_prefix={folder / 'found'}/", "-print_final_stats=1", "-rss_limit_mb=4096"]

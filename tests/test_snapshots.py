@@ -17,9 +17,9 @@ from raysv.search.snapshots import (
     TUNER,
     Spare,
     await_clock,
-    forget,
     mend,
     newest,
+    remove_spares,
     set_aside,
 )
 
@@ -76,7 +76,7 @@ def test_the_newest_record_is_read_or_where_it_is_torn_its_copy(tune: Path, stag
     copy = newest(tune)
     assert copy is not None
     assert json.loads(copy.read_text())["counter"] == 1
-    forget(tune)
+    remove_spares(tune)
     with pytest.raises(ValueError, match=rf"{SECOND}\.json cannot be read, .* Remove all files \*-{SECOND}\.\*"):
         newest(tune)
 

@@ -55,7 +55,7 @@ def mend(folder: Path) -> str:
     if last is None:
         return ""
     contents = _contents(folder, _session(last))
-    if contents and _of_one_moment(contents):
+    if contents and _of_one_moment(contents, _session(last)):
         return ""
     spare = _spare(folder)
     if spare is None:
@@ -102,7 +102,7 @@ def forget_staging(folder: Path) -> None:
         shutil.rmtree(trials[0].storage.experiment_driver_staging_path, ignore_errors=True)
 
 
-def forget(folder: Path) -> None:
+def remove_spares(folder: Path) -> None:
     """Remove the spares of a stage that starts anew."""
     shutil.rmtree(_home(folder), ignore_errors=True)
 
@@ -216,12 +216,9 @@ def _contents(folder: Path, session: str, tuner: Path | None = None) -> dict[str
     return contents if len(contents) == len(files) and all(map(_is_whole, contents.values())) else {}
 
 
-def _of_one_moment(contents: dict[str, bytes]) -> bool:
+def _of_one_moment(contents: dict[str, bytes], session: str) -> bool:
     """Whether the search has counted no more trials than Tune has: with more it would end before all are made."""
-    (trials,), (counter,) = (
-        [content for name, content in contents.items() if name.startswith(kind.partition("*")[0])]
-        for kind in (TRIALS, COUNTER)
-    )
+    trials, counter = (contents[kind.replace("*", session)] for kind in (TRIALS, COUNTER))
     try:
         counted = ray.cloudpickle.loads(counter)["counter"]
     except (AttributeError, ImportError, KeyError, TypeError):

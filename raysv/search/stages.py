@@ -24,7 +24,7 @@ from raysv.search.proposals import OptunaProposals
 from raysv.search.ranges import Range
 from raysv.search.results import METRIC
 from raysv.search.samplers import make_sampler
-from raysv.search.snapshots import Spare, await_clock, forget, forget_staging
+from raysv.search.snapshots import Spare, await_clock, forget_staging, remove_spares
 from raysv.search.space import Space
 from raysv.search.stopping import make_stopping
 from raysv.search.study import CONFIRM_FOLDER, SPACE_FILE, TUNE_FOLDER, started
@@ -126,7 +126,7 @@ def run_stage(stage: Stage, job: Job, folder: Path, concurrent: int, tracking_ur
         forget_staging(folder / stage.tune_folder)
         tuner = ray.tune.Tuner.restore(str(folder / stage.tune_folder), trainable, resume_errored=True)
     else:
-        forget(folder / stage.tune_folder)
+        remove_spares(folder / stage.tune_folder)
         for remains in stage.fresh:
             (folder / remains).unlink(missing_ok=True)
         _forget(folder, stage.study_name)
