@@ -183,12 +183,12 @@ class StudyRuns:
         A driver that was killed may have made a trial that Tune had not noted yet: another took its place.
         """
         ours, unfinished = set(trial_ids), False
-        for run in self._search({KIND: self._card.kind, OUTCOME: "running"}):
-            if run.data.tags[TRIAL] in ours:
+        for run in self._search({KIND: self._card.kind}):
+            if run.data.tags[TRIAL] not in ours:  # Tune forgot it in a kill; MLflow keeps it in its trash
+                self._client.delete_run(run.info.run_id)
+            elif run.data.tags.get(OUTCOME) == "running":
                 unfinished = True
                 self._client.set_terminated(run.info.run_id, "KILLED")
-            else:
-                self._client.delete_run(run.info.run_id)  # MLflow keeps it in its trash
         self._client.set_terminated(self._parent, "KILLED" if unfinished else "FINISHED")
 
     def _known(self, card: TrialCard) -> _Known:
