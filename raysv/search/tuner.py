@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 from raysv.corpus.loading import load_corpus
 from raysv.corpus.sets import Corpus
 from raysv.learning.checkpoint import versions
+from raysv.learning.scratch import sweep
 from raysv.learning.views import ViewBatches
 from raysv.search import cluster
 from raysv.search.catchup import catch_up
@@ -129,6 +130,7 @@ def _drive(
             run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=again)
     finally:
         ray.shutdown()
+        sweep()  # of a trial that was stopped in the middle of a checkpoint
     if confirms:
         _conclude(folder, corpus)
     study = read_study(folder)
