@@ -44,7 +44,7 @@ from raysv.search.stages import make_tuner, search_stage
 from raysv.search.stopping import JournaledStopping
 from raysv.search.study import open_study
 from raysv.search.tracking import MLflowTracking
-from raysv.search.tuner import TUNE_SETTINGS
+from raysv.search.tuner import tune_settings
 from raysv.speech.encoder import SpeakerEncoder
 from raysv.verification.evaluation import Evaluation
 from raysv.verification.metrics import error_rates
@@ -159,7 +159,7 @@ def write_checkpoint(folder: Path) -> dict[str, str]:
 
 def run(space: Space, parallel: int, seconds: float, every: int, minutes: float, checkpoints: bool) -> None:
     """One study with trials that sleep."""
-    os.environ.update(TUNE_SETTINGS)
+    os.environ.update(tune_settings(space.search.trials))
     clock = Clock()
     ray.init(num_cpus=parallel, include_dashboard=False, log_to_driver=False, logging_level="error")
     with tempfile.TemporaryDirectory(prefix="raysv-scaling-") as name, open(os.devnull, "w") as nowhere:

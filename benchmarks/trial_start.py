@@ -35,6 +35,7 @@ from raysv.corpus.sets import Corpus
 from raysv.learning.training import fit
 from raysv.search import cluster
 from raysv.search.mlflow_store import KIND, check, experiment_id, search_runs
+from raysv.search.nodes import code
 from raysv.search.results import METRIC, TIME
 from raysv.search.space import Space, space_from_dict
 from raysv.search.stages import EXPERIMENT, OPTUNA_FILE
@@ -124,7 +125,7 @@ def stock(space: Space, corpus: Corpus) -> list[float]:
     """The documented pattern; seconds from the end of each trial, or the start of Tune, to the next first result."""
     with tempfile.TemporaryDirectory(prefix="raysv-start-") as folder:
         cluster.connect()
-        job = Job(space, 0.0, str(Path(folder, "trials")), corpus.digests, room=1, head="")
+        job = Job(space, 0.0, str(Path(folder, "trials")), corpus.digests, room=1, head="", code=code())
         watch = Stopwatch()
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(ray.tune.with_parameters(stock_trial, job=job), {cluster.HEAD: 0.01}),

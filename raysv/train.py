@@ -3,7 +3,7 @@
     python -m raysv.train results/STUDY/best_config.yaml
     python -m raysv.train results/STUDY                            # the same: a study's best configuration
     python -m raysv.train 0123456789abcdef0123456789abcdef         # the configuration of an MLflow run
-    python -m raysv.train best_config.yaml --epochs 100 --set resources.workers=8
+    python -m raysv.train best_config.yaml --epochs 100 --gpus-per-trial 8
     python -m raysv.train --resume results/RUN                     # go on with a run that was broken off
 
 Trains through the same code as a trial of a study, and ends with the test lists. The encoder is in
@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from raysv.config import parse_settings, read_yaml, with_values
+from raysv.search.commands import door, fetch, python, shown
 from raysv.search.mlflow_store import check, config_of_run, default_tracking_uri
-from raysv.search.space import Space, space_from_dict
+from raysv.search.space import Space, per_trial, space_from_dict
 from raysv.search.study import BEST_FILE, Study, find_study, load_space, open_study, read_study, started
 from raysv.search.tuner import check_data, run_study
-from raysv.search.wording import python, shown
 from raysv.verification.metrics import INTERVAL_LEVEL
 
 
@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="of the run (default: train-SOURCE, numbered)")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was broken off")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where studies and runs are kept")
+    parser.add_argument("--workers-per-trial", type=int, metavar="N", help="DDP workers (resources.workers)")
+    parser.add_argument("--gpus-per-trial", type=float, metavar="G", help="for all its workers, or a part of one GPU")
     parser.add_argument("--skip-bad-audio", action="store_true", help="leave out recordings that cannot be used")
     chosen = parser.parse_args(arguments)
     try:
@@ -59,7 +61,8 @@ def _train(chosen: argparse.Namespace) -> int:
     if (chosen.source is None) == (chosen.resume is None):
         raise ValueError("Name what to train, or a run to --resume.")
     if chosen.resume:
-        if chosen.set or chosen.epochs or chosen.name or chosen.skip_bad_audio:
+        placed = chosen.workers_per_trial is not None or chosen.gpus_per_trial is not None
+        if chosen.set or chosen.epochs or chosen.name or chosen.skip_bad_audio or placed:
             raise ValueError("--resume goes on with a run as it was started; no other option fits.")
         folder = find_study(chosen.results, chosen.resume)
         space, uri = load_space(folder), started(folder)["tracking_uri"]
@@ -80,7 +83,8 @@ def _train(chosen: argparse.Namespace) -> int:
 
 def _read_source(chosen: argparse.Namespace, uri: str) -> Space:
     """A space of one point: nothing is open in it, and it is tried once, to the end."""
-    source, settings = chosen.source, parse_settings(chosen.set)
+    source = chosen.source
+    settings = parse_settings(chosen.set) | per_trial(chosen.workers_per_trial, chosen.gpus_per_trial)
     if chosen.epochs is not None:
         settings["training.epochs"] = chosen.epochs
     if chosen.skip_bad_audio:
@@ -110,7 +114,7 @@ def _conclude(study: Study, folder: Path) -> int:
     """Put the encoder where it is easily found; print what it is worth and what to do with it."""
     run = study.best
     if study.unfinished:
-        print(f"Broken off. Go on with:\n  {python()} -m raysv.train --resume {shown(folder)}")
+        print(f"Broken off. Go on with:\n  {door('train')} --resume {shown(folder)}")
         return 130
     if run is None:
         print(f"Training failed: {', '.join(trial.reason for trial in study.trials)}", file=sys.stderr)
@@ -122,7 +126,12 @@ def _conclude(study: Study, folder: Path) -> int:
     print()
     for name in lists:
         print(f"{name.ljust(width)}   {_worded(run.metrics, name)}")
-    print(f"\nEncoder  {checkpoint}\n\nNext:\n  {python()} -m raysv.verify {shown(checkpoint)} a.wav b.wav")
+    print(f"\nEncoder  {checkpoint}\n\nNext:")
+    if command := fetch(checkpoint):
+        print(f"  {command}    # bring it here")
+        print(f"  python -m raysv.verify {checkpoint.name} a.wav b.wav")
+    else:
+        print(f"  {python()} -m raysv.verify {shown(checkpoint)} a.wav b.wav")
     return 0
 
 

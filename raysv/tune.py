@@ -13,17 +13,17 @@ MLflow's store is mlflow.db in this folder, or wherever MLFLOW_TRACKING_URI poin
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
 from raysv.config import parse_settings
 from raysv.corpus.sets import Corpus
 from raysv.search.catchup import catch_up
+from raysv.search.commands import door, fetch, serve, shown
 from raysv.search.mlflow_store import check, default_tracking_uri, runs_link
 from raysv.search.page import REPORT_FILE
 from raysv.search.publishing import publish
-from raysv.search.space import Space, read_space
+from raysv.search.space import Space, per_trial, read_space
 from raysv.search.stages import EXPERIMENT
 from raysv.search.study import (
     BEST_FILE,
@@ -39,7 +39,6 @@ from raysv.search.study import (
 )
 from raysv.search.tuner import check_data, run_study
 from raysv.search.warmstart import earlier_trials
-from raysv.search.wording import python, shown
 
 SAMPLERS = {
     "tpe": "Optuna's TPE",
@@ -74,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="of the study (default: the space's name and the time)")
     parser.add_argument("--resume", nargs="?", const="", metavar="STUDY", help="go on with a study (default: the last)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where studies are kept")
+    parser.add_argument("--workers-per-trial", type=int, metavar="N", help="DDP workers (resources.workers)")
+    parser.add_argument("--gpus-per-trial", type=float, metavar="G", help="for all its workers, or a part of one GPU")
     parser.add_argument("--skip-bad-audio", action="store_true", help="leave out recordings that cannot be used")
     chosen = parser.parse_args(arguments)
     try:
@@ -91,6 +92,10 @@ def _tune(chosen: argparse.Namespace) -> int:
     if resume:
         options = {"--set": chosen.set, "--name": chosen.name, "--skip-bad-audio": chosen.skip_bad_audio}
         options |= {"--confirm": chosen.confirm is not None, "--warm-start": chosen.warm_start}
+        options |= {
+            "--workers-per-trial": chosen.workers_per_trial is not None,
+            "--gpus-per-trial": chosen.gpus_per_trial is not None,
+        }
         if given := [option for option, value in options.items() if value]:
             raise ValueError(f"--resume goes on with a study as it was started; {', '.join(given)} does not fit.")
         folder = find_study(chosen.results, chosen.resume or chosen.space.stem)
@@ -106,7 +111,7 @@ def _tune(chosen: argparse.Namespace) -> int:
                     publish(study, folder, uri)
             return _conclude(study, folder, uri)
     else:
-        settings = parse_settings(chosen.set)
+        settings = parse_settings(chosen.set) | per_trial(chosen.workers_per_trial, chosen.gpus_per_trial)
         if chosen.skip_bad_audio:
             settings["data.skip_bad_audio"] = True
         if chosen.confirm is not None:
@@ -152,7 +157,7 @@ def _conclude(study: Study, folder: Path, uri: str) -> int:
     if study.unfinished:
         what = "trials" if study.unsearched else "confirming runs"
         print(f"Broken off with {study.unfinished} {what} to go. Go on with:")
-        print(f"  {python()} -m raysv.tune --resume {shown(folder)}")
+        print(f"  {door('tune')} --resume {shown(folder)}")
         return 130
     if study.best is None:
         print(f"No trial ended well. The reasons are above and in {shown(folder / TRIALS_FILE)}", file=sys.stderr)
@@ -164,11 +169,13 @@ def _conclude(study: Study, folder: Path, uri: str) -> int:
         print(f"Best: {study.confirmation.verdict()}\n\nNext:")
     else:
         print(f"Best: {study.best.name}, EER {100 * study.best.eer:.2f} % on the dev pairs.\n\nNext:")
-    print(f"  {python()} -m raysv.train {shown(folder / BEST_FILE)}    # train it alone and test it")
-    if (folder / REPORT_FILE).is_file():
-        print(f"  {shown(folder / REPORT_FILE)}    # what was found, as a page for a browser")
+    print(f"  {door('train')} {shown(folder / BEST_FILE)}    # train it alone and test it")
+    if command := fetch(folder / BEST_FILE):
+        print(f"  {command}    # bring it here")
+    if (report := folder / REPORT_FILE).is_file():
+        print(f"  {fetch(report) or shown(report)}    # what was found, as a page for a browser")
     if uri.startswith("sqlite"):
-        print(f"  {python()} -m mlflow server --backend-store-uri {shlex.quote(uri)}    # then compare the trials at")
+        print(f"  {serve(uri)}    # then compare the trials at")
     print(f"  {runs_link(uri, EXPERIMENT, folder.name)}")
     return 0
 

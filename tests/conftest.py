@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster_fixtures import Cluster
+from host_fixtures import Hosts, why_not
 from hypothesis import HealthCheck, settings
 from learning_fixtures import write_corpus
 
@@ -73,3 +75,21 @@ def small_ray() -> Iterator[None]:
     ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster whose nodes are processes of this machine; so far it has a head."""
+    running = Cluster(tmp_path_factory.mktemp("ray"))
+    yield running
+    running.end()
+
+
+@pytest.fixture
+def hosts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Two hosts, or as many as the test says."""
+    if reason := why_not():
+        pytest.skip(reason)
+    running = Hosts(getattr(request, "param", 2), tmp_path_factory.mktemp("hosts"))
+    yield running
+    running.end()

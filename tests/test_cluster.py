@@ -9,6 +9,7 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_nodes
 
 from raysv.search import cluster
+from raysv.search.autoscaling import NodeGroup
 from raysv.search.cluster import Allotment, allot
 from raysv.search.space import ResourcesConfig
 
@@ -31,20 +32,20 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("there", "resources", "expected"),
     [
-        ([{"CPU": 4.0}], ResourcesConfig(), Allotment(0.0, 4, 4, "gloo", "")),
-        ([{"CPU": 4.0}], ResourcesConfig(workers=2), Allotment(0.0, 2, 2, "gloo", HEAD)),
-        ([{"CPU": 5.0}], ResourcesConfig(workers=2, cpus_per_worker=2), Allotment(0.0, 1, 1, "gloo", HEAD)),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(), Allotment(1.0, 4, 4, "nccl", "")),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.0), Allotment(0.0, 16, 16, "gloo", "")),
+        ([{"CPU": 4.0}], ResourcesConfig(), Allotment(0.0, 4, 4, 4, "gloo", "")),
+        ([{"CPU": 4.0}], ResourcesConfig(workers=2), Allotment(0.0, 2, 2, 2, "gloo", HEAD)),
+        ([{"CPU": 5.0}], ResourcesConfig(workers=2, cpus_per_worker=2), Allotment(0.0, 1, 1, 1, "gloo", HEAD)),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(), Allotment(1.0, 4, 4, 4, "nccl", "")),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.0), Allotment(0.0, 16, 16, 16, "gloo", "")),
         (
             [{"CPU": 16.0, "GPU": 4.0}],
             ResourcesConfig(workers=4, cpus_per_worker=4),
-            Allotment(1.0, 1, 1, "nccl", HEAD),
+            Allotment(1.0, 1, 1, 1, "nccl", HEAD),
         ),
-        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 10, 10, "nccl", "")),
-        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 3, 3, "nccl", "")),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 12, 12, "nccl", "")),
-        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 16, 16, "nccl", "")),
+        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 10, 10, 10, "nccl", "")),
+        ([{"CPU": 16.0, "GPU": 1.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 3, 3, 3, "nccl", "")),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.3), Allotment(0.3, 12, 12, 12, "nccl", "")),
+        ([{"CPU": 16.0, "GPU": 4.0}], ResourcesConfig(gpus_per_worker=0.1), Allotment(0.1, 16, 16, 16, "nccl", "")),
     ],
 )
 def test_as_many_trials_run_at_a_time_as_have_room(
@@ -69,7 +70,7 @@ def test_gpus_without_cpus_beside_them_are_of_no_use(nodes: Any) -> None:
 
 def test_no_more_trials_run_at_a_time_than_asked_for(nodes: Any) -> None:
     nodes({"CPU": 64.0})
-    assert allot(ResourcesConfig(), most_trials=3) == Allotment(0.0, 3, 64, "gloo", "")
+    assert allot(ResourcesConfig(), most_trials=3) == Allotment(0.0, 3, 64, 64, "gloo", "")
 
 
 def test_a_trial_that_fits_nowhere_is_an_error_that_says_what_there_is(nodes: Any) -> None:
@@ -80,6 +81,26 @@ def test_a_trial_that_fits_nowhere_is_an_error_that_says_what_there_is(nodes: An
         allot(ResourcesConfig(gpus_per_worker=1.0), 100)
 
 
+def test_nodes_that_an_autoscaler_may_start_count_as_room(nodes: Any) -> None:
+    nodes({"CPU": 2.0})
+    gpu_nodes = NodeGroup(4, 0, {"CPU": 16.0, "GPU": 2.0})
+    assert allot(ResourcesConfig(), 100, [gpu_nodes]) == Allotment(1.0, 8, 8, 0, "nccl", "")
+    assert allot(ResourcesConfig(workers=4), 100, [gpu_nodes]) == Allotment(1.0, 2, 2, 0, "nccl", HEAD)
+    assert allot(ResourcesConfig(), 3, [gpu_nodes]).concurrent_trials == 3  # it is asked for no more
+    assert allot(ResourcesConfig(gpus_per_worker=0.0), 100, [gpu_nodes]) == Allotment(0.0, 66, 66, 2, "gloo", "")
+    with pytest.raises(ValueError, match=r"66 CPUs and 8 GPUs on 5 node\(s\), room for 0"):
+        allot(ResourcesConfig(gpus_per_worker=4.0), 1, [gpu_nodes])
+
+
+def test_nodes_that_have_come_are_not_counted_twice(nodes: Any) -> None:
+    nodes({"CPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0})
+    assert allot(ResourcesConfig(), 100, [NodeGroup(3, 0, {"CPU": 16.0, "GPU": 2.0})]) == Allotment(
+        1.0, 6, 6, 4, "nccl", ""
+    )
+    # machines of one's own: the launcher does not know what they have, Ray does once they are there
+    assert allot(ResourcesConfig(), 100, [NodeGroup(2, 2, {})]) == Allotment(1.0, 4, 4, 4, "nccl", "")
+
+
 def test_a_cluster_that_does_not_tell_its_head_node_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, HEAD: 1.0}}])
     with pytest.raises(ValueError, match=r"does not tell its head node.*ray start --head"):
@@ -88,10 +109,10 @@ def test_a_cluster_that_does_not_tell_its_head_node_is_an_error(monkeypatch: pyt
 
 
 def test_an_allotment_is_described_in_words() -> None:
-    assert Allotment(0.0, 1, 1, "gloo", HEAD).describe(ResourcesConfig()) == (
+    assert Allotment(0.0, 1, 1, 1, "gloo", HEAD).describe(ResourcesConfig()) == (
         "1 trial at a time, 1 worker a trial with 1 CPU and no GPU each (gloo)"
     )
-    assert Allotment(1.0, 3, 3, "nccl", HEAD).describe(ResourcesConfig(workers=2, cpus_per_worker=8)) == (
+    assert Allotment(1.0, 3, 3, 3, "nccl", HEAD).describe(ResourcesConfig(workers=2, cpus_per_worker=8)) == (
         "3 trials at a time, 2 workers a trial with 8 CPU and 1 GPU each (nccl)"
     )
 
@@ -129,14 +150,14 @@ def test_a_private_cluster_is_found_by_all_its_processes_although_there_is_anoth
         port = server.getsockname()[1]  # not Ray's own, which any other Ray of this machine may have
     other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "dashboard_port": port})
     try:
-        assert cluster.connect() == "this machine alone"
+        assert cluster.connect() == ("this machine alone", [])
         (own,) = [node["NodeID"] for node in ray.nodes()]
         assert nodes_found() == ray.get(ray.remote(nodes_found).remote()) == [own]
         assert allot(ResourcesConfig(gpus_per_worker=0.0), 1).concurrent_trials == 1
         ray.shutdown()
 
         environment["RAY_ADDRESS"] = other.address
-        assert cluster.connect() == f"the cluster at {other.address}"
+        assert cluster.connect() == (f"the cluster at {other.address}", [])
         assert [node["NodeID"] for node in ray.nodes()] == [other.head_node.node_id]
     finally:
         ray.shutdown()

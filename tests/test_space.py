@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from raysv.config import Config, LossConfig, config_to_dict, parse_settings
+from raysv.config import Config, LossConfig, config_to_dict, parse_settings, with_values
 from raysv.search.ranges import Range, combinations
 from raysv.search.space import (
     PAPER,
     PUBLISHED,
     ResourcesConfig,
     SearchConfig,
+    per_trial,
     read_space,
     space_from_dict,
 )
@@ -238,6 +239,31 @@ def test_settings_close_and_open_keys(tmp_path):
     assert space.tree["loss"]["margin"] == 0.2
     assert space.ranges["loss.scale"] == Range("loguniform", (16.0, 64.0))
     assert (space.search.trials, space.resources.workers) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "expected"),
+    [
+        (None, None, (1, None)),
+        (4, None, (4, None)),
+        (None, 4.0, (4, 1.0)),
+        (None, 0.25, (1, 0.25)),
+        (None, 0.0, (1, 0.0)),
+        (2, 4.0, (2, 2.0)),
+        (2, 0.0, (2, 0.0)),
+    ],
+)
+def test_what_a_trial_gets_can_be_told_in_whole(workers, gpus, expected):
+    resources = space_from_dict(with_values(OPEN, per_trial(workers, gpus)), "").resources
+    assert (resources.workers, resources.gpus_per_worker) == expected
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus"), [(2, 3.0), (None, 1.5), (0, None), (0, 2.0), (None, -1.0), (None, math.inf)]
+)
+def test_what_no_trial_can_get_is_refused(workers, gpus):
+    with pytest.raises(ValueError, match=r"resources\.(workers|gpus_per_worker)|cannot have"):
+        space_from_dict(with_values(OPEN, per_trial(workers, gpus)), "")
 
 
 def test_a_range_can_be_set_from_the_command_line(tmp_path):

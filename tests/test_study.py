@@ -31,7 +31,7 @@ from raysv.search.study import (
     read_study,
     started,
 )
-from raysv.search.tuner import TUNE_SETTINGS
+from raysv.search.tuner import tune_settings
 
 EPOCHS = 3
 URI = "sqlite:////somewhere/mlflow.db"
@@ -304,7 +304,7 @@ def test_a_study_that_was_broken_off_tells_how_each_trial_ended(
                 raise RuntimeError("this trial was made to fail")
             ray.tune.report({TIME: epoch, METRIC: margin, "checkpoint_path": f"{folder}/{epoch}"})
 
-    for name, value in TUNE_SETTINGS.items():
+    for name, value in tune_settings(1).items():
         monkeypatch.setenv(name, value)
     folder = open_study(space, tmp_path, URI, "mine")
     proposals = OptunaProposals(

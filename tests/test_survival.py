@@ -9,14 +9,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import optuna
 import psutil
 import pytest
-from desk_fixtures import EPOCHS, SOURCE, Desk, printed_until, trials_of
+import yaml
+from cluster_fixtures import Cluster, end, free_port
+from desk_fixtures import EPOCHS, SOURCE, SPACE, Desk, printed_until, trials_of
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from raysv.search.samplers import draw, make_sampler
 from raysv.search.snapshots import KINDS
+from raysv.search.space import space_from_dict
 from raysv.search.study import read_study
 
 pytestmark = [
@@ -112,23 +118,6 @@ def test_a_study_goes_on_although_tunes_record_of_it_was_torn(desk: Desk) -> Non
     assert {row["outcome"] for row in rows} <= {"complete", "pruned"}
     assert len(ended.items() & {row["trial_id"]: float(row["dev_eer"]) for row in rows}.items()) >= 3
     assert_mlflow_agrees(f"sqlite:///{desk.folder / 'mlflow.db'}", folder)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def end(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
-    """End a process that a test started, and all below it."""
-    below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    for each in (*below, process):
-        try:
-            os.kill(each.pid, number)
-        except ProcessLookupError:
-            continue
-    process.communicate()
-    psutil.wait_procs(below, timeout=30)
 
 
 class Server:
@@ -252,70 +241,35 @@ def test_data_on_a_read_only_file_system_are_trained_on(desk: Desk, read_only_pa
     assert trial["outcome"] == "complete"
 
 
-class Cluster:
-    """A head and a second node of Ray on this machine, with one CPU each."""
-
-    def __init__(self, folder: Path) -> None:
-        port = free_port()
-        self.address = f"127.0.0.1:{port}"
-        self.variables = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address}  # a loopback of the test's own
-        self.nodes: list[subprocess.Popen[str]] = []
-        head = ["--head", f"--port={port}", f"--dashboard-port={free_port()}", f"--temp-dir={folder}"]
-        try:
-            self._start(*head, "--include-dashboard=true")
-            self._await(1)
-            self._start(f"--address={self.address}")
-            self._await(2)
-        except BaseException:
-            self.end()
-            raise
-
-    def end(self) -> None:
-        for node in reversed(self.nodes):
-            end(node)
-
-    def _start(self, *options: str) -> None:
-        command = [str(Path(sys.executable).with_name("ray")), "start", *options, "--node-ip-address=127.0.0.1"]
-        command += ["--num-cpus=1", f"--object-store-memory={100 * 2**20}", "--block", "--disable-usage-stats"]
-        node = subprocess.Popen(
-            command,
-            env=os.environ | self.variables,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        self.nodes.append(node)
-
-    def _await(self, nodes: int) -> None:
-        program = (
-            "import ray, sys\n"
-            "ray.init(sys.argv[1], log_to_driver=False, logging_level='error')\n"
-            "print(sum(node['Alive'] for node in ray.nodes()))"
-        )
-        deadline, found = time.monotonic() + 90, ""
-        while time.monotonic() < deadline:
-            asked = subprocess.run(
-                [sys.executable, "-c", program, self.address],
-                env=os.environ | self.variables,
-                capture_output=True,
-                text=True,
-            )
-            found = asked.stdout.strip()
-            if found == str(nodes):
-                return
-            time.sleep(1)
-        raise AssertionError(f"{found or 'no'} nodes instead of {nodes}: {asked.stderr[-2000:]}")
+def test_a_trial_that_runs_out_of_memory_is_an_error_with_its_batch_and_the_study_goes_on(desk: Desk) -> None:
+    tree = SPACE | {"batch": {"speakers": 12, "crop_seconds": {"choice": [0.6, 0.7, 60.0]}}, "loss": {}}
+    tree["search"] = {"trials": 3, "confirm": 0, "sampler": "grid", "early_stopping": "none", "concurrent_trials": 1}
+    seed = next(seed for seed in range(100) if lengths_tried(tree, seed) == [0.6, 60.0, 0.7])
+    tree["search"]["seed"] = seed
+    (desk.folder / "long.yaml").write_text(yaml.safe_dump(tree))
+    driver = desk.open("tune.py", "long.yaml", "--name", "memory")
+    words = printed_until(driver, f"epoch 1/{EPOCHS}")
+    below = psutil.Process(driver.pid).children(recursive=True)
+    (training,) = [process for process in below if "ImplicitFunc" in " ".join(process.cmdline())]
+    room = training.memory_info().vms + 600 * 2**20
+    training.rlimit(psutil.RLIMIT_AS, (room, room))
+    rest, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, words + rest
+    rows = sorted(trials_of(desk.folder / "results" / "memory"), key=lambda row: row["trial"])
+    assert [row["outcome"] for row in rows] == ["complete", "error", "complete"]
+    assert "Out of memory with a batch of 12 speakers × 2 utterances × 2 views of 60 s on 1 worker" in rows[1]["reason"]
+    assert "GB at most" in rows[1]["reason"]
 
 
-@pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    running = Cluster(tmp_path_factory.mktemp("ray"))
-    yield running
-    running.end()
+def lengths_tried(tree: dict[str, Any], seed: int) -> list[float]:
+    """The order in which a grid of a seed tries its crops."""
+    ranges = space_from_dict(tree, "").ranges
+    study, tried = optuna.create_study(sampler=make_sampler("grid", ranges, seed)), set[tuple[Any, ...]]()
+    return [draw(study, ranges, tried).params["batch.crop_seconds"] for _ in range(3)]
 
 
 def test_a_trial_whose_node_dies_goes_on_on_another(desk: Desk, cluster: Cluster) -> None:
+    cluster.add()
     options = ["--name", "node", "--set", "search.trials=3", "--set", "search.early_stopping=none"]
     driver = desk.open("tune.py", "space.yaml", *options, **cluster.variables)
     words = printed_until(driver, f"epoch 1/{EPOCHS}")

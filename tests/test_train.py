@@ -134,7 +134,15 @@ def test_a_source_or_a_run_to_go_on_with_is_named_but_not_both(refused: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [["--epochs", "3"], ["--set", "loss.margin=0.1"], ["--name", "new"], ["--skip-bad-audio"]]
+    "options",
+    [
+        ["--epochs", "3"],
+        ["--set", "loss.margin=0.1"],
+        ["--name", "new"],
+        ["--skip-bad-audio"],
+        ["--workers-per-trial", "2"],
+        ["--gpus-per-trial", "0"],
+    ],
 )
 def test_a_run_goes_on_as_it_was_started(refused: Any, options: list[str]) -> None:
     assert "no other option fits" in refused("--resume", "run", *options)

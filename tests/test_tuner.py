@@ -77,8 +77,8 @@ def folder(space: Space, tmp_path: Path) -> Path:
 def cluster_has_room_for(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Says how many trials the cluster has room for."""
 
-    def allot(resources: ResourcesConfig, most_trials: int, room: int) -> Allotment:
-        return Allotment(0.0, min(room, most_trials), room, "gloo", "node:10.0.0.1")
+    def allot(resources: ResourcesConfig, most_trials: int, to_come: Any, room: int) -> Allotment:
+        return Allotment(0.0, min(room, most_trials), room, room, "gloo", "node:10.0.0.1")
 
     return lambda room: monkeypatch.setattr(cluster, "allot", functools.partial(allot, room=room))
 
@@ -106,6 +106,11 @@ def test_a_study_that_starts_anew_takes_the_room_there_is(
     assert tuner._allot(space, folder, resume=False).concurrent_trials == 6
 
 
+@pytest.mark.parametrize(("trials", "period"), [(1, "1"), (999, "1"), (1000, "auto")])
+def test_bookkeeping_is_written_every_second_unless_trials_are_very_many(trials: int, period: str) -> None:
+    assert tuner.tune_settings(trials)["TUNE_GLOBAL_CHECKPOINT_S"] == period
+
+
 def as_found(trials: int, unsearched: int = 1, **more: Any) -> Any:
     """A study as far as the tuner looks at one."""
     nothing = {"broken": 0, "candidates": [], "confirming": [], "unconfirmed": False, "unfinished": 0}
@@ -117,8 +122,9 @@ def as_found(trials: int, unsearched: int = 1, **more: Any) -> Any:
 def stages_run(monkeypatch: pytest.MonkeyPatch, cluster_has_room_for: Any) -> list[tuple[str, bool]]:
     """The stages that a driver runs, and whether it goes on with them."""
     done: list[tuple[str, bool]] = []
-    monkeypatch.setattr(tuner, "TUNE_SETTINGS", {})
-    monkeypatch.setattr(cluster, "connect", lambda: "here")
+    monkeypatch.setattr(tuner, "tune_settings", lambda trials: {})
+    monkeypatch.setattr(cluster, "connect", lambda: ("here", []))
+    monkeypatch.setattr(cluster, "alive", lambda: [{}])
     monkeypatch.setattr(tuner, "publish", lambda *_: None)
     monkeypatch.setattr(tuner, "run_stage", lambda stage, *_, resume: done.append((stage.kind, resume)))
     cluster_has_room_for(1)
@@ -195,7 +201,7 @@ def test_a_stage_that_starts_anew_leaves_nothing_of_one_that_died_before_its_fir
 def test_a_study_whose_records_are_lost_or_damaged_does_not_go_on(
     space: Space, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, told: str
 ) -> None:
-    monkeypatch.setattr(tuner, "TUNE_SETTINGS", {})
+    monkeypatch.setattr(tuner, "tune_settings", lambda trials: {})
     monkeypatch.setattr(tuner, "read_study", lambda folder: SimpleNamespace(trials=["x"]))
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
     with pytest.raises(ValueError, match=told):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.state import list_nodes
 
+from raysv.search.autoscaling import NodeGroup, node_groups
 from raysv.search.space import ResourcesConfig
 
 KNOCK_SECONDS = 5
 DASHBOARD_SECONDS = 120
+NODES_SECONDS = 600  # in which a machine that the launcher just reached installs PyTorch and joins
 DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # of Ray: where every process of a cluster finds its dashboard
 # Of glibc: keep memory instead of giving every activation back to the system, which on a CPU took a sixth of the time.
 # A high MALLOC_MMAP_THRESHOLD_ would do as well, but glibc before 2.35 refuses one above 32 MiB.
@@ -27,18 +30,23 @@ HEAD = "node:__internal_head__"  # Ray's own name for the head node, which its h
 LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; nothing large goes through it, audio is memory-mapped
 
 
+Resources = dict[str, float]
+
+
 @dataclass(frozen=True)
 class Allotment:
     """What each trial gets, and how many of them run at a time.
 
     Attributes:
-        room: how many the whole cluster has room for.
+        room: how many the whole cluster has room for, with the nodes that its autoscaler may start.
+        now: how many the nodes have room for that are there.
         head: what Ray calls the head node itself, as a resource of which there is 1; empty where no trial needs it.
     """
 
     gpus_per_worker: float
     concurrent_trials: int
     room: int
+    now: int
     backend: str
     head: str
 
@@ -52,10 +60,11 @@ class Allotment:
         )
 
 
-def connect() -> str:
+def connect() -> tuple[str, list[NodeGroup]]:
     """Join the cluster of `RAY_ADDRESS`, or the one that `ray start` made on this machine, or start a private one.
 
-    Returns: where it is, in words.
+    Returns: where it is, in words, and what its autoscaler may start; the nodes that it is to have at all times are
+        waited for.
     Raises: ValueError when the address does not answer, or the cluster lacks the service that frees the workers of a
         trial's process.
     """
@@ -64,14 +73,16 @@ def connect() -> str:
     wanted = os.environ.get("RAY_ADDRESS", "")
     try:
         _knock(wanted)
-        place = _start_or_join(wanted or None)
+        place, private = _start_or_join(wanted or None)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No Ray cluster answers at {wanted or 'the address that ray start noted'}: {error}. Set RAY_ADDRESS to "
             "HOST:PORT of a head node, or to local to run on this machine alone."
         ) from error
     _await_dashboard()
-    return place
+    groups = [] if private else node_groups(on_head=_on_head())
+    _await_nodes(1 + sum(group.least for group in groups))
+    return place, groups
 
 
 def _knock(address: str) -> None:
@@ -83,7 +94,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
-def _start_or_join(address: str | None) -> str:
+def _start_or_join(address: str | None) -> tuple[str, bool]:
     # Ray finds the dashboard by guessing, and gives up where it sees two clusters on a machine. All processes of a
     # new cluster inherit this environment; in one that is joined, Ray knows the address.
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -95,8 +106,8 @@ def _start_or_join(address: str | None) -> str:
     except ValueError:
         del os.environ[DASHBOARD_VARIABLE]
         _init(address)
-        return f"the cluster at {ray.get_runtime_context().gcs_address}"
-    return "this machine alone"
+        return f"the cluster at {ray.get_runtime_context().gcs_address}", False
+    return "this machine alone", True
 
 
 def _init(address: str | None, **options: Any) -> None:
@@ -121,30 +132,68 @@ def _await_dashboard() -> None:
             time.sleep(1)
 
 
-def allot(resources: ResourcesConfig, most_trials: int) -> Allotment:
+def _on_head() -> bool:
+    here = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == here and HEAD in node["Resources"] for node in ray.nodes())
+
+
+def _await_nodes(count: int) -> None:
+    """Wait for machines that are being set up: a study that starts without them would never use them."""
+    deadline = time.monotonic() + NODES_SECONDS
+    told = 0
+    while (there := len(alive())) < count:
+        if time.monotonic() > deadline:
+            print(f"Nodes    {there} of {count} have joined; the study goes on without the others.", flush=True)
+            return
+        if there != told:
+            told = there
+            print(f"Nodes    {there} of {count} have joined. Waiting for the others ...", flush=True)
+        time.sleep(1)
+
+
+def allot(resources: ResourcesConfig, most_trials: int, to_come: Sequence[NodeGroup] = ()) -> Allotment:
     """Share the connected cluster out over at most so many trials at a time.
+
+    Args:
+        to_come: what an autoscaler keeps or starts beside the head node, see `node_groups`.
 
     Raises: ValueError when not even one trial fits, naming what is there and what is needed.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(node.get("GPU", 0) for node in nodes)
-    per_worker = resources.gpus_per_worker if resources.gpus_per_worker is not None else float(gpus > 0)
+    there = alive()
+    whole = [node for node in there if HEAD in node] + [group.resources for group in to_come for _ in range(group.most)]
+    gpus = any(node.get("GPU", 0) for node in there + whole)
+    per_worker = resources.gpus_per_worker if resources.gpus_per_worker is not None else float(gpus)
     needs = {"CPU": resources.cpus_per_worker, "GPU": per_worker}
-    places = sum(_workers_on(node, needs) for node in nodes)
+    now, later = (sum(_workers_on(node, needs) for node in nodes) for nodes in (there, whole))
+    places = max(now, later)
     if places < resources.workers:
-        has = f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs and {gpus:g} GPUs on {len(nodes)} node(s)"
         raise ValueError(
             f"A trial needs {resources.workers} workers with {resources.cpus_per_worker} CPU and {per_worker:g} GPU "
-            f"each, but the cluster has {has}, room for {places}. Lower resources.workers, "
-            "resources.cpus_per_worker or resources.gpus_per_worker, or join a larger cluster."
+            f"each, but the cluster has {_counted(there if now == places else whole)}, room for {places}. Lower "
+            "resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, or join a larger cluster."
         )
     room = places // resources.workers
-    backend = "nccl" if per_worker else "gloo"
-    head = _head_of(nodes) if resources.workers > 1 else ""
-    return Allotment(per_worker, min(room, most_trials), room, backend, head)
+    return Allotment(
+        per_worker,
+        min(room, most_trials),
+        room,
+        now // resources.workers,
+        backend="nccl" if per_worker else "gloo",
+        head=_head_of(there) if resources.workers > 1 else "",
+    )
 
 
-def _head_of(nodes: list[dict[str, float]]) -> str:
+def alive() -> list[Resources]:
+    """What each living node has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _counted(nodes: Sequence[Resources]) -> str:
+    cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node(s)"
+
+
+def _head_of(nodes: Sequence[Resources]) -> str:
     """The head node's own name: of the alias, Ray's helpers take their share, and one large trial would starve them."""
     named = [kind for node in nodes if HEAD in node for kind in node if kind.startswith("node:") and kind != HEAD]
     if not named:
@@ -155,7 +204,7 @@ def _head_of(nodes: list[dict[str, float]]) -> str:
     return named[0]
 
 
-def _workers_on(node: dict[str, float], needs: dict[str, float]) -> int:
+def _workers_on(node: Resources, needs: Resources) -> int:
     return min(_fitting(node.get(kind, 0), amount) for kind, amount in needs.items() if amount)
 
 

@@ -7,7 +7,7 @@ replaced.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 RETRIES = 2  # of a task: how often its workers may be replaced. A death may be heard of a task late, hence not one
@@ -33,6 +33,7 @@ class Task:
         threads: of each worker that computes on a CPU.
         tests: whether it ends with the test lists.
         checked: the digests of the corpus, if it was checked before; see `fit`.
+        code: what the driver of the study runs, which is what its workers are to run; see `nodes.code`.
     """
 
     config: dict[str, Any]
@@ -40,6 +41,7 @@ class Task:
     threads: int
     tests: bool
     checked: dict[str, str] | None = None
+    code: dict[str, str] = field(default_factory=dict)
 
 
 class Desk:

@@ -100,6 +100,11 @@ class SearchConfig(Section):
     )
     confirm_seeds: int = knob(3, "how many new seeds", 2)
     concurrent_trials: int | None = knob(None, "trials at a time; none given: as many as the cluster has room for", 1)
+    retries: int = knob(
+        1,
+        "how often a trial is started again, from its last checkpoint, when its process or node dies; more for spot",
+        0,
+    )
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,20 @@ class ResourcesConfig(Section):
                 f"resources.gpus_per_worker is {gpus:g} with {self.workers} workers. Only a lone worker can share a "
                 "GPU: NCCL refuses two workers on one. Set it to 1, or resources.workers to 1."
             )
+
+
+def per_trial(workers: int | None, gpus: float | None) -> dict[str, Any]:
+    """Settings for what a trial gets in whole; of GPUs alone, each has a worker, and a part of one has one.
+
+    Raises: ValueError when there cannot be so many GPUs.
+    """
+    if gpus is None:
+        return {} if workers is None else {"resources.workers": workers}
+    if not 0 <= gpus < math.inf:
+        raise ValueError(f"A trial cannot have {gpus:g} GPUs. Give a whole number, or a part of one.")
+    if workers is None:
+        workers = max(math.ceil(gpus), 1)
+    return {"resources.workers": workers, "resources.gpus_per_worker": gpus / max(workers, 1)}
 
 
 @dataclass(frozen=True)

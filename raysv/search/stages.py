@@ -161,7 +161,7 @@ def make_tuner(
         run_config=ray.tune.RunConfig(
             name=stage.tune_folder,
             storage_path=str(folder),
-            failure_config=ray.tune.FailureConfig(max_failures=1),
+            failure_config=ray.tune.FailureConfig(max_failures=space.search.retries),
             callbacks=[
                 MLflowTracking(study_card(stage.kind, space, folder, tracking_uri)),
                 Progress(stage.trials, space.epochs, folder / TRIALS_FOLDER, single=single, kind=stage.kind),

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from raysv.config import config_to_dict, read_yaml, write_yaml
+from raysv.search.commands import shown
 from raysv.search.confirmation import Candidate, Confirmation, candidates, points, read_confirmation
 from raysv.search.records import TrialRecord, read_records
 from raysv.search.results import SECOND
 from raysv.search.space import Space, space_from_dict
-from raysv.search.wording import columns, short_names, show_value, shown
+from raysv.search.wording import columns, short_names, show_value
 from raysv.verification.metrics import INTERVAL_LEVEL
 
 SPACE_FILE = "space.yaml"

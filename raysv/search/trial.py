@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Job:
         storage: folder for the trials' checkpoints, reachable from every node.
         checked: the digests of the corpus that the study was started with, see `fit`.
         room, head: see `Allotment`.
+        code: what the driver runs, see `nodes.code`.
         tests: whether a trial ends with the test lists; a search's must not.
     """
 
@@ -38,6 +39,7 @@ class Job:
     checked: dict[str, str]
     room: int
     head: str
+    code: dict[str, str] = field(default_factory=dict)
     tests: bool = False
 
     @property
@@ -74,6 +76,7 @@ def run_trial(values: dict[str, Any], job: Job) -> None:
         threads=resources.cpus_per_worker,
         tests=job.tests,
         checked=job.checked,
+        code=job.code,
     )
     epochs = [0]  # that were reported
 

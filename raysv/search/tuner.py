@@ -12,14 +12,17 @@ from pathlib import Path
 import ray
 from optuna.trial import FrozenTrial
 
+from raysv.config import Config
 from raysv.corpus.loading import load_corpus
 from raysv.corpus.sets import Corpus
 from raysv.learning.checkpoint import versions
 from raysv.learning.scratch import sweep
 from raysv.learning.views import ViewBatches
 from raysv.search import cluster
+from raysv.search.autoscaling import NodeGroup
 from raysv.search.catchup import catch_up
 from raysv.search.confirmation import CONFIRMATION_FILE, conclude, write_confirmation
+from raysv.search.nodes import code, prepare_nodes
 from raysv.search.progress import Decoding
 from raysv.search.publishing import publish
 from raysv.search.snapshots import mend
@@ -37,12 +40,18 @@ from raysv.search.study import CONFIRM_FOLDER, TUNE_FOLDER, Study, driving, note
 from raysv.search.trial import Job
 
 TUNE_SETTINGS = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver has lost a second of bookkeeping, not ten
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow keeps the results; no TensorBoard files beside it
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that diverged reports no second objective
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+MANY_TRIALS = 1000  # from which on Tune's bookkeeping, which grows with them, must not be written as often as ever
+
+
+def tune_settings(trials: int) -> dict[str, str]:
+    """Environment of a driver. Killed, it has lost a second of bookkeeping, not ten; of very many trials, a twentieth
+    of the time goes into it, which is Tune's own rule."""
+    return TUNE_SETTINGS | {"TUNE_GLOBAL_CHECKPOINT_S": "1" if trials < MANY_TRIALS else "auto"}
 
 
 def check_data(space: Space, tests: bool = False) -> Corpus:
@@ -53,8 +62,8 @@ def check_data(space: Space, tests: bool = False) -> Corpus:
     """
     loaded: dict[str, Corpus] = {}
     print("Reading and checking the data ...", flush=True)
-    for config in sorted(space.corners(), key=lambda corner: corner.augment.strength, reverse=True):
-        key = repr((config.data, config.augment.kinds))
+    for config in _most_disturbed_first(space):
+        key = _data_key(config)
         if key not in loaded:
             loaded[key] = load_corpus(config.data, config.augment, tests=tests, progress=Decoding())
         ViewBatches(config, loaded[key])
@@ -62,6 +71,15 @@ def check_data(space: Space, tests: bool = False) -> Corpus:
     for path, why in corpus.left_out.items():
         print(f"left out: {path}: {why}")
     return corpus
+
+
+def _most_disturbed_first(space: Space) -> list[Config]:
+    return sorted(space.corners(), key=lambda corner: corner.augment.strength, reverse=True)
+
+
+def _data_key(config: Config) -> str:
+    """What the corpus that a trial sees follows from."""
+    return repr((config.data, config.augment.kinds))
 
 
 def run_study(
@@ -99,7 +117,7 @@ def _drive(
     tests: bool,
     earlier: Sequence[FrozenTrial],
 ) -> Study:
-    os.environ.update(TUNE_SETTINGS)
+    os.environ.update(tune_settings(space.search.trials))
     for record in (TUNE_FOLDER, CONFIRM_FOLDER) if resume else ():
         if told := mend(folder / record):
             print(told, flush=True)
@@ -107,13 +125,16 @@ def _drive(
     _note_data(folder, corpus, resume)
     if resume:
         _check_records(folder)
-    place = cluster.connect()
+    place, to_come = cluster.connect()
     try:
-        allotment = _allot(space, folder, resume)
+        allotment = _allot(space, folder, resume, to_come)
         print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
+        if allotment.now < allotment.concurrent_trials:
+            print(f"         there is room for {allotment.now} now; the autoscaler is asked for more", flush=True)
+        _prepare_nodes(space, corpus, tests)
         _note_tags(folder, _provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)})
         kept, checked = str(folder / TRIALS_FOLDER), _checked(space, corpus)
-        job = Job(space, allotment.gpus_per_worker, kept, checked, allotment.room, allotment.head, tests)
+        job = Job(space, allotment.gpus_per_worker, kept, checked, allotment.room, allotment.head, code(), tests)
         if not resume:
             _forget_confirmation(folder)
         study = read_study(folder)
@@ -139,6 +160,14 @@ def _drive(
     if space.ranges:
         publish(study, folder, tracking_uri)
     return study
+
+
+def _prepare_nodes(space: Space, corpus: Corpus, tests: bool) -> None:
+    others = len(cluster.alive()) - 1
+    if others:
+        print(f"Nodes    {others} other(s) look at their code and data ...", flush=True)
+        different = {_data_key(config): config for config in reversed(_most_disturbed_first(space))}
+        prepare_nodes(list(different.values()), _checked(space, corpus), tests=tests)
 
 
 def _forget_confirmation(folder: Path) -> None:
@@ -202,12 +231,12 @@ def _checked(space: Space, corpus: Corpus) -> dict[str, str]:
     return {} if any(key.startswith("data.") for key in space.ranges) else corpus.digests
 
 
-def _allot(space: Space, folder: Path, resume: bool) -> cluster.Allotment:
+def _allot(space: Space, folder: Path, resume: bool, to_come: Sequence[NodeGroup] = ()) -> cluster.Allotment:
     """What trials get; a study keeps the number of trials at a time that it was started with."""
     confirming = (space.search.confirm + 1) * space.search.confirm_seeds if space.search.confirm and space.ranges else 0
     most = min(max(space.search.trials, confirming), space.search.concurrent_trials or sys.maxsize)
     before = started(folder).get("concurrent_trials") if resume else None
-    allotment = cluster.allot(space.resources, before or most)
+    allotment = cluster.allot(space.resources, before or most, to_come)
     if before and allotment.concurrent_trials < before:
         raise ValueError(
             f"The study runs {before} trials at a time, but this cluster has room for {allotment.concurrent_trials}. "

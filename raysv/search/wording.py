@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -38,18 +34,6 @@ def duration(seconds: float) -> str:
 def first_line(error: Exception) -> str:
     """What an exception says, without the pages that some libraries add."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be typed here."""
-    here = Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
-
-
-def python() -> str:
-    """How to call the interpreter that runs, for a command to be pasted: the environment need not be activated."""
-    found = shutil.which("python")
-    return "python" if found and Path(found) == Path(sys.executable) else shown(Path(sys.executable))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -21,6 +21,7 @@ from raysv.learning.keeping import keep_checkpoint, newest_intact
 from raysv.learning.scratch import sweep
 from raysv.learning.training import DivergedError, Metrics, fit
 from raysv.search.desk import Result, StoppedError, Task
+from raysv.search.nodes import refuse_other_code
 from raysv.search.results import NO_ROOM, NOTICE, TIME, failure
 
 
@@ -33,6 +34,8 @@ def train(task: Task, report: Callable[[Result], None], device: torch.device) ->
 
     Args:
         report: called by every worker with the metrics of each epoch.
+
+    Raises: ValueError when other code runs here than in the driver of the study.
     """
     gc.collect()  # the process has trained before; only now nothing refers to that any more
     if device.type == "cuda":
@@ -40,6 +43,7 @@ def train(task: Task, report: Callable[[Result], None], device: torch.device) ->
     else:
         torch.set_num_threads(task.threads)
     sweep()
+    refuse_other_code(task.code)
     kept = Path(task.kept)
     latest, notice = agree(newest_intact(kept) if rank() == 0 else (None, ""))
     told = [{NOTICE: notice}] if notice else []
