@@ -1,21 +1,127 @@
-import json
+import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import jsonschema
 import pytest
-import ray
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
 
-CLUSTERS = sorted((Path(__file__).parent.parent / "cluster").glob("*.yaml"))
+from raysv.search.autoscaling import VARIABLE, _read_variable
+from raysv.search.commands import CLUSTER_VARIABLE
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(path for path in (ROOT / "cluster").iterdir() if path.suffix in (".yaml", ".sbatch"))
+LAUNCHED = [ROOT / "cluster" / f"{name}.yaml" for name in ("local", "aws", "gcp")]
+BUILT_FROM = ("raysv", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+KUBERAY, SLURM = ROOT / "cluster" / "kuberay.yaml", ROOT / "cluster" / "slurm.sbatch"
 
 
-@pytest.mark.parametrize("file", CLUSTERS, ids=lambda file: file.stem)
+def pinned(package: str) -> str:
+    (version,) = re.findall(rf"^{package}==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    return str(version)
+
+
+def name_of(file: Path) -> str:
+    return file.stem
+
+
+def test_every_file_is_looked_at_here() -> None:
+    assert sorted([*LAUNCHED, KUBERAY, SLURM]) == FILES
+
+
+@pytest.mark.parametrize("file", LAUNCHED, ids=name_of)
 def test_a_cluster_file_is_what_rays_launcher_takes(file: Path) -> None:
-    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
-    jsonschema.validate(yaml.safe_load(file.read_text()), schema)
+    validate_config(prepare_config(yaml.safe_load(file.read_text())))
 
 
-@pytest.mark.parametrize("file", CLUSTERS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [ROOT / "cluster" / f"{name}.yaml" for name in ("aws", "gcp")], ids=name_of)
+def test_in_a_cloud_the_head_stays_and_gpu_nodes_come_from_none_as_spot_instances(file: Path) -> None:
+    config = prepare_config(yaml.safe_load(file.read_text()))
+    head, gpu = (config["available_node_types"][name] for name in ("head", "gpu"))
+    assert config["head_node_type"] == "head"
+    assert (gpu["min_workers"], gpu["max_workers"]) == (0, config["max_workers"])
+    assert ["spot" in str(node["node_config"]).lower() for node in (head, gpu)] == [False, True]
+
+
+@pytest.mark.parametrize("file", LAUNCHED, ids=name_of)
 def test_no_checkout_lies_where_it_would_hide_the_installed_package(file: Path) -> None:
     mounts = yaml.safe_load(file.read_text())["file_mounts"]
-    assert all(target.rstrip("/") not in ("~/raysv", "~/ray") for target in mounts)
+    assert {Path(target).parts[1] for target in mounts} == {"raysv-source", "search_spaces", ".ray"}
+
+
+@pytest.mark.parametrize("file", LAUNCHED, ids=name_of)
+def test_what_is_installed_has_the_versions_of_the_readme(file: Path) -> None:
+    config = yaml.safe_load(file.read_text())
+    installs = [command for command in config["setup_commands"] if "pip install" in command]
+    assert [command.rpartition("&& ")[2] for command in installs] == [
+        "~/raysv-venv/bin/pip install -q -c ~/raysv-source/constraints.txt ~/raysv-source"
+    ]
+    for part in BUILT_FROM:
+        assert config["file_mounts"][f"~/raysv-source/{part}"] == part
+
+
+def test_the_image_is_built_from_what_is_installed_elsewhere() -> None:
+    copied = re.findall(r"^COPY --chown=ray (.*) \S+$", (ROOT / "cluster" / "Dockerfile").read_text(), re.MULTILINE)
+    assert set(" ".join(copied).split()) == {*BUILT_FROM, "search_spaces"}
+
+
+@pytest.mark.parametrize("file", LAUNCHED, ids=name_of)
+def test_a_study_is_told_how_its_cluster_is_called_at_home(file: Path) -> None:
+    assert f"{CLUSTER_VARIABLE}=cluster/{file.name}" in file.read_text()
+
+
+@pytest.mark.parametrize("file", LAUNCHED, ids=name_of)
+def test_only_who_has_the_token_reaches_a_launched_ray_and_its_pages_are_on_loopback(file: Path) -> None:
+    config = yaml.safe_load(file.read_text())
+    assert any("RAY_AUTH_MODE=token" in command for command in config["setup_commands"])
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    (start,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    assert "--dashboard-host=127.0.0.1" in start
+
+
+def parts_of(tree: Any, key: str) -> Iterator[Any]:
+    """All that stands under a key, at any depth."""
+    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        if name == key:
+            yield value
+        yield from parts_of(value, key)
+
+
+def test_the_kuberay_job_is_what_rays_autoscaler_takes_and_what_the_study_is_told_of_it() -> None:
+    job = yaml.safe_load(KUBERAY.read_text())
+    cluster = {"metadata": {"name": "x", "namespace": "default"}, "spec": job["spec"]["rayClusterSpec"]}
+    config = _derive_autoscaling_config_from_ray_cr(cluster)
+    (told,) = [entry["value"] for entries in parts_of(job, "env") for entry in entries if entry["name"] == VARIABLE]
+    (group,) = _read_variable(told)
+    gpu = config["available_node_types"]["gpu"]
+    assert group.most == gpu["max_workers"] == config["max_workers"]
+    assert group.resources == {kind: gpu["resources"][kind] for kind in ("CPU", "GPU")}
+
+
+def test_the_kuberay_job_has_rays_version_a_token_and_mlflow_on_loopback() -> None:
+    spec = yaml.safe_load(KUBERAY.read_text())["spec"]["rayClusterSpec"]
+    assert spec["rayVersion"] == pinned("ray")
+    assert spec["authOptions"] == {"mode": "token"}
+    (server,) = [part for parts in parts_of(spec, "containers") for part in parts if part["name"] == "mlflow"]
+    assert "mlflow server --host 127.0.0.1 --port 5000" in server["command"][-1]
+    assert f"FROM rayproject/ray:{pinned('ray')}-" in (ROOT / "cluster" / "Dockerfile").read_text()
+
+
+def test_the_slurm_script_is_a_script_with_a_token() -> None:
+    subprocess.run(["bash", "-n", str(SLURM)], check=True)
+    assert "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(" in SLURM.read_text()
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_file_says_for_whom_it_is_what_to_edit_and_how_to_see_the_pages(file: Path) -> None:
+    text = file.read_text()
+    opening = text[: text.index("\n\n")]
+    assert opening.removeprefix("#!/bin/bash\n").startswith("# For ")
+    assert "EDIT" in opening
+    assert "http://127.0.0.1:5000" in opening
+    assert ":8265" in opening
+    assert 1 <= text.count("# EDIT") <= 10
+    assert "/root" not in text
