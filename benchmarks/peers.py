@@ -132,6 +132,7 @@ def our_config(cache: Path, train: str = "train.csv", **sections: dict[str, obje
         "noise": "noise/noise.csv",
         "rir": "rir/rir.csv",
         "cache": str(cache),
+        "outside_root": True,  # some benchmarks list copies of recordings that lie elsewhere
     }
     return config_from_dict({"data": data, **sections})
 
