@@ -126,8 +126,8 @@ def _await_dashboard() -> None:
                 ray.shutdown()
                 raise ValueError(
                     f"The cluster's dashboard does not answer: {error}. Without it Ray Train cannot free the workers "
-                    "of a trial whose process ended, and the study would starve. Install ray[default] on the head node, "
-                    "leave the dashboard on, and start the study there: it listens on the head's loopback."
+                    "of a trial whose process ended, and the study would starve. Install ray[default] on the head "
+                    "node, leave the dashboard on, and start the study there: it listens on the head's loopback."
                 ) from error
             time.sleep(1)
 
