@@ -167,9 +167,10 @@ def allot(resources: ResourcesConfig, most_trials: int, to_come: Sequence[NodeGr
     now, later = (sum(_workers_on(node, needs) for node in nodes) for nodes in (there, whole))
     places = max(now, later)
     if places < resources.workers:
+        larger = max(there, whole, key=lambda nodes: sum(map(_size, nodes)))
         raise ValueError(
             f"A trial needs {resources.workers} workers with {resources.cpus_per_worker} CPU and {per_worker:g} GPU "
-            f"each, but the cluster has {_counted(there if now == places else whole)}, room for {places}. Lower "
+            f"each, but the cluster has {_counted(larger)}, room for {places}. Lower "
             "resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, or join a larger cluster."
         )
     room = places // resources.workers
@@ -186,6 +187,10 @@ def allot(resources: ResourcesConfig, most_trials: int, to_come: Sequence[NodeGr
 def alive() -> list[Resources]:
     """What each living node has."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _size(node: Resources) -> float:
+    return node.get("CPU", 0) + node.get("GPU", 0)
 
 
 def _counted(nodes: Sequence[Resources]) -> str:
