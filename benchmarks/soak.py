@@ -36,7 +36,7 @@ from raysv.search.study import read_study
 NAME, EPOCHS = "soak", 3
 SPACE = {
     "batch": {"speakers": 12, "crop_seconds": 0.5},
-    "model": {"channels": 8, "embedding_dim": 16},
+    "model": {"channels": 16, "embedding_dim": 16},
     "loss": {"margin": {"uniform": [0.0, 0.5]}, "temperature": {"loguniform": [0.03, 0.5]}},
     "training": {"epochs": EPOCHS, "precision": "fp32"},
     "resources": {"gpus_per_worker": 0.0},
