@@ -86,10 +86,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def hosts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    """Two hosts, or as many as the test says."""
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Two hosts."""
     if reason := why_not():
         pytest.skip(reason)
-    running = Hosts(getattr(request, "param", 2), tmp_path_factory.mktemp("hosts"))
+    running = Hosts(2, tmp_path_factory.mktemp("hosts"))
     yield running
     running.end()

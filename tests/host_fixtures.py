@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 TOOLS = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter", "mount")
 NETWORK = "10.213.7"  # of the hosts; the machine itself is .254 there
@@ -85,13 +84,9 @@ class Host:
         for command in (f"link del {self.link}", f"netns del {self.name}"):
             subprocess.run(["ip", *command.split()], capture_output=True)
 
-    def cut_off(self) -> None:
-        """Pull its plug: nothing reaches it, and it reaches nothing; what runs on it runs on."""
-        must("ip", "link", "set", self.link, "down")
-
     def run(self, command: str, timeout: float = 120) -> str:
         """What a command prints there."""
-        done = self.open(command)
+        done = self._open(command)
         try:
             printed, _ = done.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -100,13 +95,12 @@ class Host:
         assert done.returncode == 0, printed
         return printed
 
-    def open(self, command: str, output: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
-        """A command as a process there."""
+    def _open(self, command: str) -> subprocess.Popen[str]:
         (inside,) = must("pgrep", "-P", str(self.process.pid)).split()  # of unshare, the first process of the host
         spaces = ["nsenter", "--target", inside, "--mount", "--pid", "--net", "--uts"]
         return subprocess.Popen(
             [*spaces, "env", f"HOME={HOME}", "bash", "-c", f". ~/.bashrc; cd; {command}"],
-            stdout=output,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )

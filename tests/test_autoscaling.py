@@ -44,16 +44,16 @@ def cloud(**types: dict[str, int]) -> dict[str, object]:
 
 
 def test_without_an_autoscaler_there_are_none() -> None:
-    assert node_groups() == []
+    assert node_groups(on_head=True) == []
 
 
 def test_what_an_earlier_cluster_left_is_not_believed(launched: Path, autoscaler: subprocess.Popen[bytes]) -> None:
     launched.write_text(yaml.safe_dump(cloud(spot={"max_workers": 4})))
-    assert node_groups()
+    assert node_groups(on_head=True)
     assert node_groups(on_head=False) == []
     autoscaler.kill()
     autoscaler.wait()
-    assert node_groups() == []
+    assert node_groups(on_head=True) == []
 
 
 def test_the_launchers_worker_types_are_told_as_far_as_it_starts_them(launched: Path) -> None:
@@ -61,7 +61,7 @@ def test_the_launchers_worker_types_are_told_as_far_as_it_starts_them(launched: 
         cloud(spot={"max_workers": 4}, steady={"min_workers": 1, "max_workers": 4}, off={"max_workers": 0})
     )
     launched.write_text(yaml.safe_dump(config))
-    assert node_groups() == [NodeGroup(4, 0, GPU_NODE), NodeGroup(2, 1, GPU_NODE)]
+    assert node_groups(on_head=True) == [NodeGroup(4, 0, GPU_NODE), NodeGroup(2, 1, GPU_NODE)]
 
 
 def test_machines_of_ones_own_are_awaited_although_the_launcher_does_not_know_what_they_have(launched: Path) -> None:
@@ -69,15 +69,15 @@ def test_machines_of_ones_own_are_awaited_although_the_launcher_does_not_know_wh
         {"cluster_name": "mine", "provider": {"type": "local", "head_ip": "h", "worker_ips": ["a", "b"]}}
     )
     launched.write_text(yaml.safe_dump(config))
-    assert node_groups() == [NodeGroup(2, 2, {})]
+    assert node_groups(on_head=True) == [NodeGroup(2, 2, {})]
 
 
 def test_the_environment_names_nodes_before_the_launcher_does(launched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched.write_text(yaml.safe_dump(cloud(spot={"max_workers": 4})))
     monkeypatch.setenv(VARIABLE, "{count: 3, CPU: 8, GPU: 1}")
-    assert node_groups() == [NodeGroup(3, 0, GPU_NODE)]
+    assert node_groups(on_head=True) == [NodeGroup(3, 0, GPU_NODE)]
     monkeypatch.setenv(VARIABLE, "[{count: 3, CPU: 8, GPU: 1}, {count: 1, CPU: 2.5}]")
-    assert node_groups() == [NodeGroup(3, 0, GPU_NODE), NodeGroup(1, 0, {"CPU": 2.5})]
+    assert node_groups(on_head=True) == [NodeGroup(3, 0, GPU_NODE), NodeGroup(1, 0, {"CPU": 2.5})]
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ def test_an_environment_that_says_something_else_is_an_error_that_shows_how(
 ) -> None:
     monkeypatch.setenv(VARIABLE, text)
     with pytest.raises(ValueError, match=r"RAYSV_NODES is .* Set it to, for example, \{count: 4, CPU: 8, GPU: 1\}"):
-        node_groups()
+        node_groups(on_head=True)

@@ -9,7 +9,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from raysv.search.autoscaling import VARIABLE, _read_variable
+from raysv.search.autoscaling import VARIABLE, node_groups
 from raysv.search.commands import CLUSTER_VARIABLE
 
 ROOT = Path(__file__).parent.parent
@@ -90,12 +90,15 @@ def parts_of(tree: Any, key: str) -> Iterator[Any]:
         yield from parts_of(value, key)
 
 
-def test_the_kuberay_job_is_what_rays_autoscaler_takes_and_what_the_study_is_told_of_it() -> None:
+def test_the_kuberay_job_is_what_rays_autoscaler_takes_and_what_the_study_is_told_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     job = yaml.safe_load(KUBERAY.read_text())
     cluster = {"metadata": {"name": "x", "namespace": "default"}, "spec": job["spec"]["rayClusterSpec"]}
     config = _derive_autoscaling_config_from_ray_cr(cluster)
     (told,) = [entry["value"] for entries in parts_of(job, "env") for entry in entries if entry["name"] == VARIABLE]
-    (group,) = _read_variable(told)
+    monkeypatch.setenv(VARIABLE, told)
+    (group,) = node_groups(on_head=False)
     gpu = config["available_node_types"]["gpu"]
     assert group.most == gpu["max_workers"] == config["max_workers"]
     assert group.resources == {kind: gpu["resources"][kind] for kind in ("CPU", "GPU")}
@@ -124,4 +127,3 @@ def test_a_file_says_for_whom_it_is_what_to_edit_and_how_to_see_the_pages(file: 
     assert "http://127.0.0.1:5000" in opening
     assert ":8265" in opening
     assert 1 <= text.count("# EDIT") <= 10
-    assert "/root" not in text

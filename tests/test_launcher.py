@@ -94,8 +94,7 @@ def line_with(words: str, printed: str) -> str:
 def test_a_study_is_submitted_to_a_cluster_and_its_best_configuration_fetched_and_trained(
     launcher: Launcher, hosts: Hosts
 ) -> None:
-    up = launcher.run("ray up -y --no-config-cache cluster/local.yaml")
-    assert "ray rsync-down" not in up
+    launcher.run("ray up -y --no-config-cache cluster/local.yaml")
     try:
         # a worker on each host, as each has all CPUs of this machine
         placed = f"--workers-per-trial 2 --gpus-per-trial 0 --set resources.cpus_per_worker={os.cpu_count()}"

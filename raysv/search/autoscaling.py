@@ -34,7 +34,7 @@ class NodeGroup:
     resources: dict[str, float]
 
 
-def node_groups(*, on_head: bool = True) -> list[NodeGroup]:
+def node_groups(*, on_head: bool) -> list[NodeGroup]:
     """What the autoscaler of the connected cluster may start, in whole; nothing where there is none.
 
     Args:
