@@ -258,7 +258,8 @@ def test_a_trial_that_runs_out_of_memory_is_an_error_with_its_batch_and_the_stud
     assert driver.returncode == 0, words + rest
     rows = sorted(trials_of(desk.folder / "results" / "memory"), key=lambda row: row["trial"])
     assert [row["outcome"] for row in rows] == ["complete", "error", "complete"]
-    assert "Out of memory with a batch of 12 speakers × 2 utterances × 100 views of 10 s on 1 worker" in rows[1]["reason"]
+    batch = "12 speakers × 2 utterances × 100 views of 10 s on 1 worker"
+    assert f"Out of memory with a batch of {batch}" in rows[1]["reason"]
     assert "GB at most" in rows[1]["reason"]
 
 
