@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from raysv.config import parse_settings
 from raysv.corpus.sets import Corpus
+from raysv.learning.views import ViewBatches
 from raysv.search.catchup import catch_up
 from raysv.search.commands import door, fetch, serve, shown
 from raysv.search.mlflow_store import check, default_tracking_uri, runs_link
@@ -76,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers-per-trial", type=int, metavar="N", help="DDP workers (resources.workers)")
     parser.add_argument("--gpus-per-trial", type=float, metavar="G", help="for all its workers, or a part of one GPU")
     parser.add_argument("--skip-bad-audio", action="store_true", help="leave out recordings that cannot be used")
+    parser.add_argument("--dry-run", action="store_true", help="read, check and tell what would be done; start nothing")
     chosen = parser.parse_args(arguments)
     try:
         return _tune(chosen)
@@ -95,6 +98,7 @@ def _tune(chosen: argparse.Namespace) -> int:
         options |= {
             "--workers-per-trial": chosen.workers_per_trial is not None,
             "--gpus-per-trial": chosen.gpus_per_trial is not None,
+            "--dry-run": chosen.dry_run,
         }
         if given := [option for option, value in options.items() if value]:
             raise ValueError(f"--resume goes on with a study as it was started; {', '.join(given)} does not fit.")
@@ -118,11 +122,14 @@ def _tune(chosen: argparse.Namespace) -> int:
             settings["search.confirm"] = chosen.confirm
         space = read_space(chosen.space, settings)
         uri = default_tracking_uri(Path.cwd())
-    check(uri)
+    if not chosen.dry_run or uri.startswith("http"):  # a database is made where there is none
+        check(uri)
     corpus = check_data(space)
     # broken off before its first trial, it starts anew, with what it was to know
     names = started(folder).get("warm_start", []) if resume and not study.trials else chosen.warm_start
     known = [earlier_trials(space, find_study(chosen.results, name), corpus.digest) for name in names]
+    if chosen.dry_run:
+        return _rehearse(space, (chosen.results / (chosen.name or f"{space.name}-TIME")).absolute(), uri, corpus)
     if not resume:
         folder = open_study(space, chosen.results, uri, chosen.name)
         note_start(folder, warm_start=[str(find_study(chosen.results, name)) for name in names])
@@ -149,6 +156,32 @@ def _introduce(space: Space, folder: Path, uri: str, corpus: Corpus) -> None:
     print(f"Searches {searched}")
     print(f"Data     {space.tree['data']['root']}: {corpus}")
     print(f"Results  {folder}\nMLflow   {uri}", flush=True)
+
+
+def _rehearse(space: Space, folder: Path, uri: str, corpus: Corpus) -> int:
+    """Tell what a study would do and take."""
+    _introduce(space, folder, uri, corpus)
+    configs = space.corners()
+    search, resources = space.search, space.resources
+    least = space.epochs if search.early_stopping == "none" else space.grace_epochs
+    epochs = _span({search.trials * least, search.trials * space.epochs})
+    if search.confirm and space.ranges:
+        epochs += f", and at most {(search.confirm + 1) * search.confirm_seeds * space.epochs} to confirm"
+    print(f"Epochs   {epochs}; one is {_span({ViewBatches(config, corpus).steps for config in configs})} steps")
+    crops = _span({-(-config.batch.size // resources.workers) * config.batch.views for config in configs})
+    seconds = _span({config.batch.crop_seconds for config in configs})
+    gpus = resources.gpus_per_worker
+    device = "a GPU where the cluster has any" if gpus is None else f"{gpus:g} GPU" if gpus else "no GPU"
+    workers = f"{resources.workers} worker{'s' if resources.workers > 1 else ''} a trial"
+    print(f"Workers  {workers}, each with {resources.cpus_per_worker} CPU, {device}")
+    print(f"Batch    {crops} crops of {seconds} s for each worker")
+    print("\nNothing was started. Without --dry-run this study begins.")
+    return 0
+
+
+def _span(numbers: Collection[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _conclude(study: Study, folder: Path, uri: str) -> int:

@@ -295,6 +295,18 @@ def test_a_run_that_was_broken_off_is_resumed(desk: Desk) -> None:
     assert (desk.folder / "results" / "run" / "checkpoint" / "encoder.pt").is_file()
 
 
+def test_a_dry_run_tells_what_a_study_would_take_and_starts_nothing(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    settings = ["search.trials=9", "search.confirm=2", "search.grace_epochs=1"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    printed = desk.run("tune.py", "space.yaml", "--dry-run", *options)
+    assert f"Epochs   9 to {9 * EPOCHS}, and at most {3 * 3 * EPOCHS} to confirm; one is " in printed
+    assert "Workers  1 worker a trial, each with 1 CPU, a GPU where the cluster has any" in printed
+    assert "Batch    48 crops of 0.6 s for each worker" in printed
+    assert "Nothing was started" in printed
+    assert not (desk.folder / "results").exists() and not (desk.folder / "mlflow.db").exists()
+
+
 @pytest.mark.slow
 def test_more_workers_than_the_cluster_has_are_refused(desk: Desk) -> None:
     words = desk.run("tune.py", "space.yaml", "--set", "resources.workers=1000", status=2)
