@@ -3,11 +3,12 @@
     python benchmarks/soak.py [--trials 200] [--seed 0] [--folder FOLDER]
 
 The real doors, Ray and an MLflow server, on voices that raysv makes itself. Every few seconds one of these, by chance:
-the process of a trial is killed; MLflow's server is killed, and comes back later; a byte of a checkpoint is turned
-over, of whichever trial wrote last (only one that goes on from it notices); the driver is killed, and the study
-resumed. Then, undisturbed, it is resumed until all its trials have ended and none died, five times at most. Printed are
-the faults, the counts in Tune, MLflow and Optuna, and the driver's memory and open files over its longest life. Exits
-with 1 where the counts do not agree.
+the process of a trial is killed; a byte of the newest checkpoint is turned over and then the trials' processes killed,
+so that somebody has to go on from it; MLflow's server is killed, and comes back seconds later; the driver is killed,
+and the study resumed, but only in its first half, so that one driver lives long enough to see whether it grows. A
+driver that ends by itself before the study is over is resumed too, and the faults go on until it is. Printed are the
+faults, the counts in Tune, MLflow and Optuna, and the driver's memory and open files over its longest life. Exits with
+1 where the counts do not agree.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ SPACE = {
     "training": {"epochs": EPOCHS, "precision": "fp32"},
     "resources": {"gpus_per_worker": 0.0},
 }
-RESUMES = 5
-PAUSE = (2.0, 6.0)  # seconds from one fault to the next
+LIVES = 60  # of the driver, at most
+PAUSE = (2.0, 8.0)  # seconds from one fault to the next; a process takes some five to start again
+DOWN = (1.0, 8.0)  # seconds for which a server that was killed stays away
 WEIGHTS = {"trial": 6, "checkpoint": 3, "server": 2, "driver": 1}
 
 
@@ -58,6 +60,7 @@ class Soak:
         self.uri = f"http://127.0.0.1:{self.port}"
         (folder / "soak.yaml").write_text(yaml.safe_dump(SPACE | {"search": {"trials": trials, "confirm": 0}}))
         self.server = self._serve()
+        self.back = 0.0  # when a server that was killed is started again
         self.driver = self._drive("soak.yaml", "--name", NAME)
 
     @property
@@ -70,16 +73,23 @@ class Soak:
         command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "server.log").open("a") as log:
-            server = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with socket.socket() as knock:
-                if knock.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return server
-            time.sleep(0.2)
-        raise SystemExit(f"MLflow's server does not start: {self.folder / 'server.log'}")
+            return subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+
+    def _listening(self) -> bool:
+        with socket.socket() as knock:
+            return knock.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def _keep_server(self) -> None:
+        if self.server.poll() is not None and time.monotonic() > self.back:
+            self.server = self._serve()
 
     def _drive(self, *arguments: str) -> subprocess.Popen[bytes]:
+        deadline = time.monotonic() + 120
+        while not self._listening():  # a study does not begin without its server
+            self._keep_server()
+            time.sleep(0.2)
+            if time.monotonic() > deadline:
+                raise SystemExit(f"MLflow's server does not start: {self.folder / 'server.log'}")
         self.lives.append([])
         self.born = time.monotonic()
         environment = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "RAY_ADDRESS": "local"}
@@ -94,60 +104,55 @@ class Soak:
         files, memory = process.num_fds(), process.memory_info().rss / 1e6
         self.lives[-1].append((time.monotonic() - self.born, memory, files))
 
-    def disturb(self) -> None:
-        """Break something."""
-        kind = self.chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        if getattr(self, f"_break_{kind}")():
-            self.faults[kind] += 1
-
-    def _break_trial(self) -> bool:
+    def disturb(self) -> bool:
+        """Break something, and tell whether there was anything to break."""
         below = psutil.Process(self.driver.pid).children(recursive=True)
         training = [process for process in below if "ImplicitFunc" in " ".join(process.cmdline())]
-        for process in training[:1]:
-            process.kill()
-        return bool(training)
-
-    def _break_checkpoint(self) -> bool:
-        states = sorted(self.study.glob("trials/*/epoch-*/training_state.pt"), key=lambda file: file.stat().st_mtime)
-        for file in states[-1:]:
-            content = bytearray(file.read_bytes())
+        if not training:
+            return False  # the driver is still starting
+        kind = self.chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        if kind == "trial":
+            self.chance.choice(training).kill()
+        elif kind == "checkpoint":
+            states = list(self.study.glob("trials/*/epoch-*/training_state.pt"))
+            if not states:
+                return False
+            newest = max(states, key=lambda file: file.stat().st_mtime)
+            content = bytearray(newest.read_bytes())
             content[len(content) // 2] ^= 0xFF
-            file.write_bytes(content)
-        return bool(states)
-
-    def _break_server(self) -> bool:
-        _kill(self.server.pid)
-        self.server.wait()
-        time.sleep(self.chance.uniform(1, 5))
-        self.server = self._serve()
-        return True
-
-    def _break_driver(self) -> bool:
-        if not (self.study / "space.yaml").is_file():
+            newest.write_bytes(content)
+            for process in training:
+                process.kill()
+        elif kind == "server":
+            if not self._listening():
+                return False
+            self.back = time.monotonic() + self.chance.uniform(*DOWN)
+            _kill(self.server.pid)
+            self.server.wait()
+        elif len(list(self.study.glob("trials/*"))) > self.trials / 2:
             return False
-        self.driver.kill()
-        self.driver.wait()
-        time.sleep(5)  # its workers notice, and end
-        self.driver = self._drive("--resume", NAME)
+        else:
+            self.driver.kill()
+        self.faults[kind] += 1
         return True
 
     def run(self) -> None:
-        """Disturb it until the driver ends by itself, and then let it come to its end."""
-        due = time.monotonic() + 20
-        while self.driver.poll() is None:
-            time.sleep(1)
+        """Disturb it until it is over."""
+        due = time.monotonic()
+        while True:
+            if self.driver.poll() is not None:
+                if self.over() or len(self.lives) == LIVES:
+                    return
+                time.sleep(3)  # the workers of a driver that was killed notice, and end
+                self.driver = self._drive("--resume", NAME)
+            self._keep_server()
+            time.sleep(0.5)
             try:
                 self.look()
-                if time.monotonic() > due:
-                    self.disturb()
+                if time.monotonic() > due and self.disturb():
                     due = time.monotonic() + self.chance.uniform(*PAUSE)
             except (psutil.NoSuchProcess, FileNotFoundError):
                 continue  # it ended meanwhile
-        for _ in range(RESUMES):
-            if self.over():
-                break
-            self.driver = self._drive("--resume", NAME)
-            self.driver.wait()
 
     def over(self) -> bool:
         """Whether the study has all its trials, and none that died."""
