@@ -135,9 +135,10 @@ class BatchNorm1d(nn.BatchNorm1d):
 class _Normalise(torch.autograd.Function):
     """BatchNorm with one exchange forward and one backward; also returns the statistics, for the running ones.
 
-    The workers' means and variances are merged by the parallel formula of Chan et al. 1979, stable where sums of
-    squares are not. With x̂ the normalised values and ⟨·⟩ the mean over the global batch, the gradient is
-    weight/σ · (g − ⟨g⟩ − x̂⟨g·x̂⟩).
+    The workers' means and sums of squared deviations are merged as moments about zero, in float64, where these do not
+    cancel. NCCL adds them up in a number of hops that grows with the logarithm of the workers; to gather everyone's
+    would take as many hops as there are workers. With x̂ the normalised values and ⟨·⟩ the mean over the global batch,
+    the gradient is weight/σ · (g − ⟨g⟩ − x̂⟨g·x̂⟩).
     """
 
     @staticmethod
@@ -149,15 +150,17 @@ class _Normalise(torch.autograd.Function):
         count = values.numel() // values.shape[1]
         local_mean = precise.sum(axes) / max(count, 1)
         local_squares = (precise - _per_channel(local_mean, precise)).square().sum(axes)
-        local = torch.stack([local_mean, local_squares, torch.full_like(local_mean, count)])
-        means, squares, counts = _from_everyone(local).unbind(1)
+        first, second = local_mean.double() * count, local_mean.double().square() * count + local_squares
+        sums = torch.cat([first, second, first.new_full((1,), count)])
+        dist.all_reduce(sums)
 
-        total = counts.sum(0)
-        mean = (counts * means).sum(0) / total
-        squares = (squares + counts * (means - mean).square()).sum(0)
-        inverse = torch.rsqrt(squares / total + eps)
+        total = sums[-1]
+        mean, second = (sums[:-1] / total).chunk(2)
+        variance = (second - mean.square()).clamp(min=0)
+        unbiased_variance = (variance * total / (total - 1).clamp(min=1)).to(local_mean.dtype)
+        inverse = torch.rsqrt(variance + eps).to(local_mean.dtype)
+        mean, total = mean.to(local_mean.dtype), total.to(local_mean.dtype)
         context.save_for_backward(values, weight, mean, inverse, total)
-        unbiased_variance = squares / (total - 1).clamp(min=1)
         context.mark_non_differentiable(mean, unbiased_variance)
 
         scale = weight * inverse
