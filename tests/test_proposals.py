@@ -245,6 +245,28 @@ def test_a_trial_that_tune_noted_after_the_search_was_saved_goes_on_and_is_not_t
     assert [trial.state for trial in stored(storage)] == [TrialState.RUNNING, TrialState.COMPLETE]
 
 
+def test_a_trial_that_ended_for_optuna_after_tune_and_the_search_were_saved_stays_one_trial(
+    storage: str, tmp_path: Path
+) -> None:
+    search = proposals(storage)
+    search.suggest("first")
+    search.save(str(tmp_path / "snapshot"))
+    values = search.suggest("a")
+    assert values is not None
+    trial = {"trial_id": "a", "status": "RUNNING", "config": values}
+    snapshot = {"trial_data": [[json.dumps({"trial_id": "first", "status": "RUNNING"}), "{}"], [json.dumps(trial), "{}"]]}
+    (tmp_path / "experiment_state-1.json").write_text(json.dumps(snapshot))
+    run(search, "a", [0.3])
+    assert [trial.state for trial in stored(storage)] == [TrialState.RUNNING, TrialState.PRUNED]
+
+    search = killed_and_restored(search, storage, tmp_path / "snapshot")
+    assert search.set_max_concurrency(2)
+    assert search.suggest("b") is None  # "a" runs for Tune until that hears of its end
+    search.on_trial_complete("a", result(1, 0.3, **in_config(values)))
+    assert [trial.state for trial in stored(storage)] == [TrialState.RUNNING, TrialState.PRUNED]
+    assert search.suggest("b") is not None
+
+
 def test_a_trial_that_ended_in_tune_after_the_search_was_saved_leaves_its_place(storage: str, tmp_path: Path) -> None:
     search = proposals(storage)
     assert search.set_max_concurrency(1)

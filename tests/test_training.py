@@ -131,7 +131,8 @@ def test_a_checkpoint_lives_as_long_as_its_report(root):
 def test_a_resumed_run_ends_like_an_undisturbed_one(root, undisturbed, tmp_path):
     history, folder = undisturbed
     resumed = trained(tiny_config(root, training__epochs=3), tmp_path, resume=folder / "1")
-    assert [without_speed(metrics) for metrics in resumed] == [
+    assert resumed[0] == history[0]
+    assert [without_speed(metrics) for metrics in resumed[1:]] == [
         pytest.approx(without_speed(metrics), rel=1e-6) for metrics in history[1:]
     ]
     weights, state, kept = load_training_state(tmp_path / "3")
@@ -140,6 +141,17 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(root, undisturbed, tmp_path)
     torch.testing.assert_close(state["loss"], expected_state["loss"], rtol=1e-6, atol=1e-6)
     assert [metrics["epoch"] for metrics in kept] == [1, 2, 3]
     assert kept[0] == history[0]
+
+
+def test_a_run_that_was_stopped_where_it_is_resumed_from_trains_no_further(root, undisturbed, tmp_path):
+    history, folder = undisturbed
+
+    def stop(metrics, where):
+        assert (metrics, where) == (history[1], folder / "2")
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        fit(tiny_config(root, training__epochs=3), stop, resume=folder / "2")
 
 
 def test_a_finished_run_that_is_resumed_reports_how_it_ended(root, undisturbed):
@@ -172,9 +184,8 @@ def test_a_run_goes_on_in_the_format_that_it_began_in(root, tmp_path, monkeypatc
     monkeypatch.setattr(training, "compute_dtype", lambda *_: torch.bfloat16)
     trained(config, tmp_path)
     monkeypatch.setattr(training, "compute_dtype", lambda *_: torch.float32)
-    shutil.rmtree(tmp_path / "2")
-    trained(config, tmp_path, resume=tmp_path / "1")
-    assert describe_checkpoint(tmp_path / "2")[1]["computed"] == "cpu, bfloat16"
+    trained(config, tmp_path / "resumed", resume=tmp_path / "1")
+    assert describe_checkpoint(tmp_path / "resumed" / "2")[1]["computed"] == "cpu, bfloat16"
 
 
 def compute_in_several_formats(number, root, folder):
@@ -194,7 +205,7 @@ def test_workers_on_unlike_machines_compute_in_one_format(root, tmp_path):
 def test_a_run_whose_data_moved_goes_on(root, undisturbed, tmp_path):
     history, folder = undisturbed
     moved = shutil.copytree(root, tmp_path / "elsewhere")
-    (metrics,) = trained(tiny_config(moved, training__epochs=3), resume=folder / "2")
+    _, metrics = trained(tiny_config(moved, training__epochs=3), resume=folder / "2")
     assert without_speed(metrics) == pytest.approx(without_speed(history[2]), rel=1e-6)
 
 

@@ -75,7 +75,8 @@ def fit(
         report: called by every worker after every epoch with its metrics and, on the first worker, a folder that
             holds the checkpoint until the call returns. `dev/eer` among the metrics is the error rate to be judged by.
         device: where to compute; the CPU if not given.
-        resume: a checkpoint of this configuration to go on from; only its data may have moved.
+        resume: a checkpoint of this configuration to go on from, which is reported once more; only its data may have
+            moved.
         tests: whether to evaluate the test lists too, once, after the last epoch.
         checked: the `digests` of the corpus, if somebody has checked it: it is then taken as it was found, and loaded
             only on a node that does not have it.
@@ -92,9 +93,10 @@ def fit(
         )
     run = _Run(config, corpus, device)
     history = run.restore(resume) if resume else []
-    if len(history) >= config.training.epochs:
-        # it was complete; whoever asked again still wants to know how it ended
+    if history:
+        # whoever asked again may not know where it stood, or may have decided on it: then nothing is trained beyond
         report(history[-1], resume if rank() == 0 else None)
+    if len(history) >= config.training.epochs:
         return
     batches = iter(
         loader(run.batches, len(history) + 1, config.training.epochs, _loader_workers(config, device), pin=run.on_gpu)

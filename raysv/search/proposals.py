@@ -152,7 +152,7 @@ class OptunaProposals(OptunaSearch):
             claimed = {trial.number for trial in self._ot_trials.values()}
             known = (trial.params for trial in self._known() if trial.number in claimed)
             self._tried = {tuple(values[key] for key in self._ranges) for values in known}
-        lost = self._unclaimed()
+        lost = [trial for trial in self._unclaimed() if trial.state == TrialState.RUNNING]
         for trial in lost:
             self._study.tell(trial.number, state=TrialState.FAIL)
             self._study.enqueue_trial(trial.system_attrs.get("fixed_params", {}) | trial.params)
@@ -160,21 +160,21 @@ class OptunaProposals(OptunaSearch):
             self._study.sampler.reseed_rng()  # as it was saved it would draw the same values once more
 
     def _unclaimed(self) -> list[FrozenTrial]:
-        """Trials that run for Optuna and belong to none of Tune's."""
+        """Trials that belong to none of Tune's, the newest last."""
         claimed = {trial.number for trial in self._ot_trials.values()}
-        return [trial for trial in self._known() if trial.state == TrialState.RUNNING and trial.number not in claimed]
+        return [trial for trial in self._known() if trial.number not in claimed]
 
     def _adopt(self, name: str, values: dict[str, Any], over: bool) -> None:
         """Find a trial that Tune noted and the older snapshot of the search did not: it is what it is in Tune."""
-        for trial in self._unclaimed():
+        for trial in reversed(self._unclaimed()):
             if trial.params == values:
                 self._ot_trials[name] = optuna.Trial(self._study, trial._trial_id)
-                if over:
+                if not over:
+                    self._live.add(name)
+                elif not trial.state.is_finished():
                     whole = trial.intermediate_values.get(self._epochs)
                     state = TrialState.PRUNED if whole is None else TrialState.COMPLETE
                     self._study.tell(trial.number, whole, state)
-                else:
-                    self._live.add(name)
                 return
 
     @property
