@@ -8,7 +8,7 @@ so that somebody has to go on from it; MLflow's server is killed, and comes back
 and the study resumed, but only in its first half, so that one driver lives long enough to see whether it grows. A
 driver that ends by itself before the study is over is resumed too, and the faults go on until it is. Printed are the
 faults, the counts in Tune, MLflow and Optuna, and the driver's memory and open files over its longest life. Exits with
-1 where the counts do not agree.
+1 where the three do not agree on every trial's end, or the driver grew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
@@ -45,6 +47,7 @@ SPACE = {
 LIVES = 60  # of the driver, at most
 PAUSE = (2.0, 8.0)  # seconds from one fault to the next; a process takes some five to start again
 DOWN = (1.0, 8.0)  # seconds for which a server that was killed stays away
+GROWTH = 0.1  # of the driver's memory and open files, above which it is said to grow
 WEIGHTS = {"trial": 6, "checkpoint": 3, "server": 2, "driver": 1}
 
 
@@ -178,23 +181,32 @@ class Soak:
         print(f"Optuna          {dict(in_optuna)}")
         noticed = sum("raysv.notice" in run.data.tags for run in runs)
         print(f"damage          {self.faults['checkpoint']} checkpoints; {noticed} trials went on from one and said so")
+        told = {run.data.tags[TRIAL]: run.data.tags["raysv.outcome"] for run in runs}
         return (
             self.over()
-            and len(trials) == self.trials == len(results) == len(runs)
-            and all(results[trial.trial_id] == trial.epoch for trial in trials)
-            and in_optuna["COMPLETE"] + in_optuna["PRUNED"] == ends["complete"] + ends["pruned"]
+            and len(trials) == self.trials == len(runs)
+            and told == {trial.trial_id: trial.outcome for trial in trials}
+            and results == {trial.trial_id: trial.epoch for trial in trials}
+            and _ends((trial.values, trial.outcome.upper()) for trial in trials)
+            == _ends((trial.params, trial.state.name) for trial in kept if trial.state.name != "FAIL")
         )
 
-    def growth(self) -> str:
-        """The driver's memory and open files over its longest life: medians of its second and last quarters."""
+    def grew(self) -> bool:
+        """Print the driver's memory and open files over its longest life, medians of its second and last quarters."""
         life = max(self.lives, key=len)
         quarter = max(len(life) // 4, 1)
         first, last = ([statistics.median(column) for column in zip(*part, strict=True)] for part in
                        (life[quarter : 2 * quarter], life[-quarter:]))  # fmt: skip
-        return (
+        print(
             f"driver          {len(self.lives)} lives; in the longest, from {first[0]:.0f} to {last[0]:.0f} s, "
             f"{first[1]:.0f} to {last[1]:.0f} MB and {first[2]:.0f} to {last[2]:.0f} open files"
         )
+        return any(after > (1 + GROWTH) * before for before, after in zip(first[1:], last[1:], strict=True))
+
+
+def _ends(told: Iterable[tuple[dict[str, Any], str]]) -> list[tuple[str, str]]:
+    """How trials ended, by the values they tried."""
+    return sorted((repr(sorted(values.items())), end) for values, end in told)
 
 
 def _kill(pid: int) -> None:
@@ -221,13 +233,14 @@ def main() -> None:
         try:
             soak.run()
             agreed = soak.agree()
-            print(soak.growth())
-            print(f"{(time.monotonic() - started) / 60:.0f} minutes; {'all agree' if agreed else 'NOT in agreement'}")
+            grew = soak.grew()
+            minutes = (time.monotonic() - started) / 60
+            print(f"{minutes:.0f} minutes; {'all agree' if agreed else 'NOT in agreement'}{', it GREW' * grew}")
         finally:
             for process in (soak.server, soak.driver):
                 if process.poll() is None:
                     _kill(process.pid)
-    sys.exit(not agreed)
+    sys.exit(grew or not agreed)
 
 
 if __name__ == "__main__":
