@@ -123,8 +123,7 @@ def ours(space: Space, corpus: Corpus) -> list[float]:
 
 def stock(space: Space, corpus: Corpus) -> list[float]:
     """The documented pattern; seconds from the end of each trial, or the start of Tune, to the next first result."""
-    with tempfile.TemporaryDirectory(prefix="raysv-start-") as folder:
-        cluster.connect()
+    with tempfile.TemporaryDirectory(prefix="raysv-start-") as folder, cluster.connected():
         job = Job(space, 0.0, str(Path(folder, "trials")), corpus.digests, room=1, head="", code=code())
         watch = Stopwatch()
         tuner = ray.tune.Tuner(
@@ -137,7 +136,6 @@ def stock(space: Space, corpus: Corpus) -> list[float]:
         )
         watch.start()
         results = tuner.fit()
-        ray.shutdown()
         if results.errors:
             raise results.errors[0]
         return watch.seconds

@@ -49,8 +49,8 @@ class Desk:
             start_new_session=True,
         )
 
-    def run(self, *command: str, status: int = 0) -> str:
-        process = self.open(*command)
+    def run(self, *command: str, status: int = 0, **variables: str) -> str:
+        process = self.open(*command, **variables)
         printed, _ = process.communicate(timeout=400)
         assert process.returncode == status, printed
         return printed

@@ -130,14 +130,15 @@ def test_an_address_where_nobody_listens_is_an_error_at_once(environment: Any) -
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
-    with pytest.raises(ValueError, match=f"No Ray cluster answers at 127.0.0.1:{port}: .*refused.* local to run"):
-        cluster.connect()
+    told = f"No Ray cluster answers at 127.0.0.1:{port}: .*refused.* local to run"
+    with pytest.raises(ValueError, match=told), cluster.connected():
+        pass
 
 
 def test_an_address_for_clients_outside_is_an_error_that_says_what_to_do(environment: Any) -> None:
     environment["RAY_ADDRESS"] = "ray://head:10001"
-    with pytest.raises(ValueError, match="ray job submit"):
-        cluster.connect()
+    with pytest.raises(ValueError, match="ray job submit"), cluster.connected():
+        pass
 
 
 @pytest.mark.slow
@@ -150,15 +151,16 @@ def test_a_private_cluster_is_found_by_all_its_processes_although_there_is_anoth
         port = server.getsockname()[1]  # not Ray's own, which any other Ray of this machine may have
     other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "dashboard_port": port})
     try:
-        assert cluster.connect() == ("this machine alone", [])
-        (own,) = [node["NodeID"] for node in ray.nodes()]
-        assert nodes_found() == ray.get(ray.remote(nodes_found).remote()) == [own]
-        assert allot(ResourcesConfig(gpus_per_worker=0.0), 1).concurrent_trials == 1
-        ray.shutdown()
+        with cluster.connected() as found:
+            assert found == ("this machine alone", [])
+            (own,) = [node["NodeID"] for node in ray.nodes()]
+            assert nodes_found() == ray.get(ray.remote(nodes_found).remote()) == [own]
+            assert allot(ResourcesConfig(gpus_per_worker=0.0), 1).concurrent_trials == 1
+        assert not ray.is_initialized()
 
         environment["RAY_ADDRESS"] = other.address
-        assert cluster.connect() == (f"the cluster at {other.address}", [])
-        assert [node["NodeID"] for node in ray.nodes()] == [other.head_node.node_id]
+        with cluster.connected() as found:
+            assert found == (f"the cluster at {other.address}", [])
+            assert [node["NodeID"] for node in ray.nodes()] == [other.head_node.node_id]
     finally:
-        ray.shutdown()
         other.shutdown()

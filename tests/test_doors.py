@@ -228,16 +228,6 @@ def test_a_fault_of_every_trial_stops_the_study_and_names_the_cause(desk: Desk) 
 
 
 @pytest.mark.slow
-def test_trials_that_diverge_end_as_errors_with_the_reason(desk: Desk) -> None:
-    settings = ["search.trials=2", "optimizer.learning_rate=1e30", "optimizer.warmup_epochs=0", "training.epochs=1"]
-    options = [part for setting in settings for part in ("--set", setting)]
-    words = desk.run("tune.py", "space.yaml", "--name", "diverged", *options, status=1)
-    assert "Lower optimizer.learning_rate" in words
-    rows = trials_of(desk.folder / "results" / "diverged")
-    assert [row["outcome"] for row in rows] == ["error", "error"]
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("RAYSV_DATA"), reason="RAYSV_DATA does not name the pack of real speech")
 def test_two_workers_learn_from_real_speech(desk: Desk) -> None:
     small = ["model.channels=16", "training.epochs=2", "search.trials=1", "resources.gpus_per_worker=0"]

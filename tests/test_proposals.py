@@ -254,7 +254,8 @@ def test_a_trial_that_ended_for_optuna_after_tune_and_the_search_were_saved_stay
     values = search.suggest("a")
     assert values is not None
     trial = {"trial_id": "a", "status": "RUNNING", "config": values}
-    snapshot = {"trial_data": [[json.dumps({"trial_id": "first", "status": "RUNNING"}), "{}"], [json.dumps(trial), "{}"]]}
+    noted = [json.dumps(one) for one in ({"trial_id": "first", "status": "RUNNING"}, trial)]
+    snapshot = {"trial_data": [[one, "{}"] for one in noted]}
     (tmp_path / "experiment_state-1.json").write_text(json.dumps(snapshot))
     run(search, "a", [0.3])
     assert [trial.state for trial in stored(storage)] == [TrialState.RUNNING, TrialState.PRUNED]

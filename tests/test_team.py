@@ -3,15 +3,19 @@
 import contextlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from learning_fixtures import tiny_config, write_corpus
 
 from raysv.config import config_to_dict
+from raysv.learning.checkpoint import load_training_state
 from raysv.learning.training import fit
 from raysv.search.desk import Task, WorkersError
 
@@ -39,16 +43,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two workers in a private Ray."""
-    import ray
-
     from raysv.search import cluster
     from raysv.search.team import Team
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "local")
-        cluster.connect()
-        yield Team(WORKERS, {"CPU": 1.0}, str(tmp_path_factory.mktemp("storage")))
-        ray.shutdown()
+        with cluster.connected():
+            yield Team(WORKERS, {"CPU": 1.0}, str(tmp_path_factory.mktemp("storage")))
 
 
 def task(root: Path, name: str, **values: Any) -> Task:
@@ -113,13 +114,31 @@ def test_a_trial_that_is_stopped_leaves_its_workers_to_the_next(
     assert [folder.name for folder in (root / "kept" / "stopped").iterdir()] == ["epoch-0001"]  # not one epoch more
 
 
-def test_a_task_whose_worker_is_killed_goes_on_and_ends_as_if_undisturbed(
-    team: Any, root: Path, undisturbed: list[Result]
+def test_a_task_whose_worker_is_killed_within_an_epoch_goes_on_and_ends_as_if_undisturbed(
+    team: Any, root: Path
 ) -> None:
-    def kill() -> None:
-        os.kill(max(worker_pids()), signal.SIGKILL)
+    """With batches large enough for an epoch to take a while, and learning enough for everything to matter."""
+    values = {"model__channels": 64, "batch__crop_seconds": 3.0, "optimizer__learning_rate": 0.003}
+    undisturbed, disturbed = (task(root, name, **values) for name in ("left alone", "killed"))
+    expected = results_of(team, undisturbed)
+    workers, killed = worker_pids(), []
 
-    assert_like(results_of(team, task(root, "killed"), at_first=kill), undisturbed)
+    def kill() -> None:
+        os.kill(max(workers), signal.SIGKILL)
+        killed.append(time.monotonic())
+        assert not Path(disturbed.kept, "epoch-0002").exists()
+
+    # trained are 7 steps an epoch; the timer runs from the moment at which the second may begin
+    half = threading.Timer(0.4 * expected[1]["speed/epoch_seconds"], kill)
+    told = results_of(team, disturbed, at_first=half.start)
+    half.join()
+    assert killed and not workers & worker_pids()
+    assert [result["epoch"] for result in told] == [1, 1, 2, 3]  # the new workers say where they go on
+    for ours, theirs in zip(told[1:], expected, strict=True):
+        for name in ("loss/total", "dev/eer", "train/gradient_norm", "schedule/learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    state, other = (load_training_state(Path(one.kept, "epoch-0003"))[:2] for one in (disturbed, undisturbed))
+    torch.testing.assert_close(state, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_task_that_cannot_be_trained_fails_at_once_and_the_next_is_trained(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.services import find_bootstrap_address
 from ray.util.state import list_nodes
 
+from raysv.learning.scratch import scratch, sweep
 from raysv.search.autoscaling import NodeGroup, node_groups
 from raysv.search.space import ResourcesConfig
 
@@ -27,6 +31,7 @@ LOCAL_SETTINGS = {  # of the processes of a private cluster
     **MALLOC_SETTINGS,
 }
 HEAD = "node:__internal_head__"  # Ray's own name for the head node, which its helpers take their share of
+LONGEST_PARENT = 20  # letters, of the folder for temporary ones: a socket's path may have 107, and Ray's part has 68
 LOCAL_OBJECT_STORE = 256 * 2**20  # bytes; nothing large goes through it, audio is memory-mapped
 
 
@@ -60,29 +65,33 @@ class Allotment:
         )
 
 
-def connect() -> tuple[str, list[NodeGroup]]:
+@contextlib.contextmanager
+def connected() -> Iterator[tuple[str, list[NodeGroup]]]:
     """Join the cluster of `RAY_ADDRESS`, or the one that `ray start` made on this machine, or start a private one.
 
-    Returns: where it is, in words, and what its autoscaler may start; the nodes that it is to have at all times are
-        waited for.
+    A private one ends with the block, and all that it kept on disk goes with it.
+
+    Yields: where it is, in words, and what its autoscaler may start; the nodes that it is to have at all times have
+        been waited for.
     Raises: ValueError when the address does not answer, or the cluster lacks the service that frees the workers of a
         trial's process.
     """
     for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
     wanted = os.environ.get("RAY_ADDRESS", "")
-    try:
-        _knock(wanted)
-        place, private = _start_or_join(wanted or None)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"No Ray cluster answers at {wanted or 'the address that ray start noted'}: {error}. Set RAY_ADDRESS to "
-            "HOST:PORT of a head node, or to local to run on this machine alone."
-        ) from error
-    _await_dashboard()
-    groups = [] if private else node_groups(on_head=_on_head())
-    _await_nodes(1 + sum(group.least for group in groups))
-    return place, groups
+    with contextlib.ExitStack() as stack:
+        try:
+            _knock(wanted)
+            place, private = _start_or_join(wanted, stack)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"No Ray cluster answers at {wanted or 'the address that ray start noted'}: {error}. Set RAY_ADDRESS "
+                "to HOST:PORT of a head node, or to local to run on this machine alone."
+            ) from error
+        _await_dashboard()
+        groups = [] if private else node_groups(on_head=_on_head())
+        _await_nodes(1 + sum(group.least for group in groups))
+        yield place, groups
 
 
 def _knock(address: str) -> None:
@@ -94,20 +103,46 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
-def _start_or_join(address: str | None) -> tuple[str, bool]:
+def _start_or_join(address: str, stack: contextlib.ExitStack) -> tuple[str, bool]:
+    private = address == "local" or not (address or find_bootstrap_address(None))
+    if private:
+        _start(stack)
+    else:
+        _init(address or None)
+    stack.callback(ray.shutdown)
+    return "this machine alone" if private else f"the cluster at {ray.get_runtime_context().gcs_address}", private
+
+
+def _start(stack: contextlib.ExitStack) -> None:
+    """Start a cluster of this machine, in a folder of its own: in its usual one Ray would leave every session."""
     # Ray finds the dashboard by guessing, and gives up where it sees two clusters on a machine. All processes of a
     # new cluster inherit this environment; in one that is joined, Ray knows the address.
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     os.environ[DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
-    try:
-        # only a new cluster takes these options; joining one, Ray refuses them
-        _init(address, object_store_memory=LOCAL_OBJECT_STORE, include_dashboard=True, dashboard_port=port)
-    except ValueError:
-        del os.environ[DASHBOARD_VARIABLE]
-        _init(address)
-        return f"the cluster at {ray.get_runtime_context().gcs_address}", False
-    return "this machine alone", True
+    stack.callback(os.environ.pop, DASHBOARD_VARIABLE, None)
+    usual = tempfile.gettempdir()  # asked before TMPDIR is another: Python remembers the answer
+    parent = os.environ.get("RAY_TMPDIR") or usual
+    if len(parent) > LONGEST_PARENT:
+        parent = "/tmp"
+    sweep(parent)
+    folder = str(stack.enter_context(scratch(parent)))
+    # what its processes, many of which are killed at the end, and Ray in this one put among temporary files
+    stack.callback(_set_or_remove, "TMPDIR", os.environ.get("TMPDIR"))
+    os.environ["TMPDIR"] = folder
+    _init(
+        "local",
+        object_store_memory=LOCAL_OBJECT_STORE,
+        include_dashboard=True,
+        dashboard_port=port,
+        _temp_dir=folder,
+    )
+
+
+def _set_or_remove(variable: str, value: str | None) -> None:
+    os.environ.pop(variable, None)
+    if value is not None:
+        os.environ[variable] = value
 
 
 def _init(address: str | None, **options: Any) -> None:
@@ -123,7 +158,6 @@ def _await_dashboard() -> None:
             return
         except Exception as error:  # Ray raises whatever its HTTP client does
             if time.monotonic() > deadline:
-                ray.shutdown()
                 raise ValueError(
                     f"The cluster's dashboard does not answer: {error}. Without it Ray Train cannot free the workers "
                     "of a trial whose process ended, and the study would starve. Install ray[default] on the head "

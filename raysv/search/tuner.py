@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import ray
 from optuna.trial import FrozenTrial
 
 from raysv.config import Config
@@ -125,32 +124,16 @@ def _drive(
     _note_data(folder, corpus, resume)
     if resume:
         _check_records(folder)
-    place, to_come = cluster.connect()
     try:
-        allotment = _allot(space, folder, resume, to_come)
-        print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
-        if allotment.now < allotment.concurrent_trials:
-            print(f"         there is room for {allotment.now} now; the autoscaler is asked for more", flush=True)
-        _prepare_nodes(space, corpus, tests)
-        _note_tags(folder, _provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)})
-        kept, checked = str(folder / TRIALS_FOLDER), _checked(space, corpus)
-        job = Job(space, allotment.gpus_per_worker, kept, checked, allotment.room, allotment.head, code(), tests)
-        if not resume:
-            _forget_confirmation(folder)
-        study = read_study(folder)
-        interrupted = False
-        if not resume or study.unsearched or study.broken:
-            stage = search_stage(space, folder, earlier)
-            interrupted = run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=resume)
-            study = read_study(folder)
-        if confirms := study.unconfirmed and not interrupted:
-            print(f"\n{study.table()}\n\n{_announce(study)}", flush=True)
-            note_start(folder, candidates=[vars(candidate) for candidate in study.candidates])
-            stage = confirmation_stage(space, folder, study.candidates)
-            again = resume and bool(study.confirming)
-            run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=again)
+        with cluster.connected() as (place, to_come):
+            allotment = _allot(space, folder, resume, to_come)
+            print(f"Ray      {place}: {allotment.describe(space.resources)}", flush=True)
+            if allotment.now < allotment.concurrent_trials:
+                print(f"         there is room for {allotment.now} now; the autoscaler is asked for more", flush=True)
+            _prepare_nodes(space, corpus, tests)
+            _note_tags(folder, _provenance(space, corpus) | {"raysv.resources": allotment.describe(space.resources)})
+            confirms = _run_stages(space, folder, corpus, tracking_uri, allotment, resume, tests, earlier)
     finally:
-        ray.shutdown()
         sweep()  # of a trial that was stopped in the middle of a checkpoint
     if confirms:
         _conclude(folder, corpus)
@@ -160,6 +143,37 @@ def _drive(
     if space.ranges:
         publish(study, folder, tracking_uri)
     return study
+
+
+def _run_stages(
+    space: Space,
+    folder: Path,
+    corpus: Corpus,
+    tracking_uri: str,
+    allotment: cluster.Allotment,
+    resume: bool,
+    tests: bool,
+    earlier: Sequence[FrozenTrial],
+) -> bool:
+    """The search, and then the runs that confirm what it found; returns whether it came to these."""
+    kept, checked = str(folder / TRIALS_FOLDER), _checked(space, corpus)
+    job = Job(space, allotment.gpus_per_worker, kept, checked, allotment.room, allotment.head, code(), tests)
+    if not resume:
+        _forget_confirmation(folder)
+    study = read_study(folder)
+    interrupted = False
+    if not resume or study.unsearched or study.broken:
+        stage = search_stage(space, folder, earlier)
+        interrupted = run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=resume)
+        study = read_study(folder)
+    if not study.unconfirmed or interrupted:
+        return False
+    print(f"\n{study.table()}\n\n{_announce(study)}", flush=True)
+    note_start(folder, candidates=[vars(candidate) for candidate in study.candidates])
+    stage = confirmation_stage(space, folder, study.candidates)
+    again = resume and bool(study.confirming)
+    run_stage(stage, job, folder, allotment.concurrent_trials, tracking_uri, resume=again)
+    return True
 
 
 def _prepare_nodes(space: Space, corpus: Corpus, tests: bool) -> None:
