@@ -23,6 +23,7 @@ from desk_fixtures import EPOCHS, SOURCE, SPACE, Desk, printed_until, trials_of
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from raysv.learning.keeping import newest_intact
 from raysv.search.samplers import draw, make_sampler
 from raysv.search.snapshots import KINDS
 from raysv.search.space import space_from_dict
@@ -325,10 +326,8 @@ def test_a_full_disk_costs_a_trial_no_checkpoint_and_the_other_trials_nothing(de
     small_disk(folder / "trials", "16m")
     words += printed_until(driver, "t000  epoch 1/12")
     rest = folder / "trials" / "rest"
-    with pytest.raises(OSError, match="No space left"), rest.open("wb") as file:
-        while True:
-            file.write(bytes(4096))
-            file.flush()
+    with pytest.raises(OSError, match="No space left"), rest.open("wb", buffering=0) as file:
+        file.writelines(itertools.repeat(bytes(4096)))
     words += printed_until(driver, "t000  failed: ")
     rest.unlink()
     (last,) = [line for line in words.splitlines() if "t000  failed: " in line]
@@ -336,22 +335,28 @@ def test_a_full_disk_costs_a_trial_no_checkpoint_and_the_other_trials_nothing(de
     rest_of_words, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, words + rest_of_words
     assert sorted(row["outcome"] for row in trials_of(folder)) == ["complete", "complete", "error"]
+    (broken,) = [row["trial_id"] for row in trials_of(folder) if row["outcome"] == "error"]
+    left, damage = newest_intact(folder / "trials" / broken)
+    assert left and not damage
     words = desk.run("tune.py", "--resume", "full")
-    assert "t000  goes on" in words and "t000  epoch 1/12" not in words
+    assert "t000  goes on" in words and "starts anew" not in words
     assert [row["outcome"] for row in trials_of(folder)] == ["complete"] * 3
 
 
 def test_a_trial_whose_node_dies_goes_on_on_another(desk: Desk, cluster: Cluster) -> None:
     cluster.add()
     options = ["--name", "node", "--set", "search.trials=3", "--set", "search.early_stopping=none"]
-    driver = desk.open("tune.py", "space.yaml", *options, **cluster.variables)
-    words = printed_until(driver, f"epoch 1/{EPOCHS}")
+    driver = desk.open("tune.py", "space.yaml", *options, "--set", "training.epochs=12", **cluster.variables)
+    words = ""
+    while not all(f"{name}  epoch 1/12" in words for name in ("t000", "t001")):
+        words += printed_until(driver, "  epoch ")
     assert "2 trials at a time" in words
     end(cluster.nodes.pop())
     rest, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, words + rest
     (moved,) = re.findall(r"(t\d+)  goes on", rest)
-    assert f"{moved}  starts" in words and f"{moved}  epoch {EPOCHS}/{EPOCHS}" in rest
+    assert f"{moved}  starts" in words and f"{moved}  epoch 12/12" in rest
+    assert "starts anew" not in rest
     rows = trials_of(desk.folder / "results" / "node")
     assert [row["outcome"] for row in rows] == ["complete"] * 3
     assert_mlflow_agrees(f"sqlite:///{desk.folder / 'mlflow.db'}", desk.folder / "results" / "node")
