@@ -72,7 +72,7 @@ def connect() -> tuple[str, list[NodeGroup]]:
         os.environ.setdefault(name, value)
     wanted = os.environ.get("RAY_ADDRESS", "")
     try:
-        _knock(wanted)
+        knock(wanted)
         place, private = _start_or_join(wanted or None)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -85,8 +85,11 @@ def connect() -> tuple[str, list[NodeGroup]]:
     return place, groups
 
 
-def _knock(address: str) -> None:
-    """Find out in seconds, where Ray takes minutes, that nobody is there."""
+def knock(address: str) -> None:
+    """Find out in seconds, where Ray takes minutes, that nobody is there.
+
+    Raises: OSError or ValueError when no study could begin at this address.
+    """
     if "://" in address:
         raise ValueError("a study cannot be driven from outside its cluster. Send it there with ray job submit")
     host, _, port = address.rpartition(":")
