@@ -1,7 +1,8 @@
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,25 @@ def tracking_uri(_mlflow_template: Path, tmp_path: Path, monkeypatch: pytest.Mon
     shutil.copy(_mlflow_template, tmp_path / "mlflow.db")
     yield f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert not (tmp_path / "mlruns").exists()
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Makes file systems of the test's own: `mount("size=1m", "ro")`."""
+    mounted: list[Path] = []
+
+    def make(*options: str) -> Path:
+        folder = tmp_path / f"mounted {len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", folder]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system needs root")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ class Desk:
             "RAY_ADDRESS": "local",  # a private instance, whatever else runs on this machine
             "MLFLOW_TRACKING_URI": "",
         }
-        for door in ("tune", "train", "verify", "report"):
+        for door in ("tune", "train", "verify", "report", "doctor"):
             shutil.copy(SOURCE / "raysv" / f"{door}.py", folder)
         (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
 

@@ -11,7 +11,8 @@ from raysv.config import AugmentConfig, DataConfig
 from raysv.corpus import loading
 from raysv.corpus.audio import read_audio
 from raysv.corpus.cache import cache_folder
-from raysv.corpus.loading import load_corpus, load_pairs
+from raysv.corpus.loading import find_recordings, load_corpus, load_pairs
+from raysv.corpus.store import store_folder
 from raysv.corpus.utterances import read_pair_columns, read_pairs, read_utterances
 
 QUIET = AugmentConfig(strength=0.0)
@@ -71,6 +72,16 @@ def test_pairs_lead_to_the_recordings_that_the_list_names(tiny_corpus):
             np.testing.assert_array_equal(pairs.store[enrolment], read_audio(tiny_corpus / pair.enrolment))
             np.testing.assert_array_equal(pairs.store[test], read_audio(tiny_corpus / pair.test))
     assert len(corpus.dev.store) == len(dev(tiny_corpus))
+
+
+def test_recordings_are_found_without_being_opened(tiny_corpus):
+    corpus = load(tiny_corpus, AugmentConfig())
+    stores = [corpus.train.store, corpus.dev.store, *corpus.clips.values()]
+    found = find_recordings(DataConfig(root=str(tiny_corpus)), AugmentConfig())
+    cache = cache_folder(DataConfig())
+    assert [store_folder(paths, cache) for paths in found] == [store.folder for store in stores]
+    silence(tiny_corpus, *dev(tiny_corpus))
+    assert find_recordings(DataConfig(root=str(tiny_corpus)), AugmentConfig()) == found
 
 
 def test_test_lists_are_decoded_only_when_asked_for(tiny_corpus):

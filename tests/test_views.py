@@ -12,7 +12,7 @@ from raysv.corpus.groups import Groups
 from raysv.corpus.loading import load_corpus
 from raysv.corpus.sets import TrainingSet
 from raysv.learning import views
-from raysv.learning.views import RESPONSE_SAMPLES, ViewBatches, loader, make_views
+from raysv.learning.views import RESPONSE_SAMPLES, ViewBatches, batch_bytes, loader, make_views
 
 LISTEN = {"augment__kinds": ["babble"], "augment__strength": 1.0, "batch__speakers": 7}
 
@@ -129,6 +129,18 @@ def test_loader_workers_change_neither_batches_nor_their_order(make, loader_work
     assert len(loaded) == 2 * batches.steps
     for place, batch in enumerate(loaded):
         assert_same(batch, batches[1 + place // batches.steps, place % batches.steps])
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_no_batch_takes_more_than_is_said(make, root, strength):
+    values = {"augment__strength": strength, "batch__crop_seconds": 1.1}
+    batches, most = make(**values), batch_bytes(tiny_config(root, **values))
+    sizes = [
+        sum(tensor.nbytes for tensor in vars(batches[1, step]).values() if isinstance(tensor, torch.Tensor))
+        for step in range(batches.steps)
+    ]
+    assert max(sizes) <= most
+    assert strength == 0 or max(sizes) > most / 3
 
 
 @pytest.mark.parametrize("workers", [2, 3])

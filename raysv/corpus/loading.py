@@ -34,32 +34,33 @@ def load_corpus(
     Raises: ValueError when a list, a recording or a noise folder is not as it must be; all bad recordings at once.
         OSError when the cache cannot be written.
     """
-    if "dev" in data.test_pairs:
-        raise ValueError("data.test_pairs has a list named dev, which is the name of data.dev_pairs. Rename it.")
-    root, cache = _root(data), cache_folder(data)
-    train, lists = _read_lists(data, root)
-    wanted = ["dev", *(data.test_pairs if tests else [])]
-    clips = {kind: _clip_paths(data, kind, root) for kind in _clip_kinds(data, augment)}
-
-    stores = {TRAIN: open_store([spoken.path for spoken in train], cache, progress)}
-    stores |= {f"{name} pairs": open_store(list(lists[name].paths.values()), cache, progress) for name in wanted}
-    stores |= {f"{kind} clips": open_store(found, cache, progress) for kind, found in clips.items()}
+    cache = cache_folder(data)
+    train, lists, recordings = _find(data, augment, tests)
+    stores = {name: open_store(paths, cache, progress) for name, paths in recordings.items()}
     if data.skip_bad_audio:
         refuse_nothing_left(stores)
     else:
         refuse_bad_audio(stores, "Mend or remove them, or leave them out with --skip-bad-audio.")
 
     training = _training_set(train, stores[TRAIN])
-    pair_sets = {f"{name} pairs": pair_set(lists[name], stores[f"{name} pairs"]) for name in wanted}
+    pair_sets = {f"{name} pairs": pair_set(listed, stores[f"{name} pairs"]) for name, listed in lists.items()}
     corpus = Corpus(
         train=training,
         dev=pair_sets[DEV],
-        tests={name: pair_sets[f"{name} pairs"] for name in wanted[1:]},
-        clips={kind: stores[f"{kind} clips"] for kind in clips},
+        tests={name: pair_sets[f"{name} pairs"] for name in lists if name != "dev"},
+        clips={kind: stores[f"{kind} clips"] for kind in _clip_kinds(data, augment)},
         left_out={path: why for store in stores.values() for path, why in store.problems.items()},
         digests={name: digest(part) for name, part in (stores | pair_sets | {TRAIN: training}).items()},
     )
     return keep(corpus, cache)
+
+
+def find_recordings(data: DataConfig, augment: AugmentConfig) -> list[list[Path]]:
+    """What a search would have decoded, a list for each store: all lists are read and checked, no recording is opened.
+
+    Raises: see `load_corpus`.
+    """
+    return list(_find(data, augment, tests=False)[2].values())
 
 
 def open_corpus(data: DataConfig, augment: AugmentConfig, checked: Mapping[str, str], *, tests: bool = False) -> Corpus:
@@ -119,6 +120,21 @@ def load_pairs(
     store = open_store(list(listed.paths.values()), cache)
     refuse_bad_audio({"pairs": store}, "Mend them, or take their pairs out of the list.")
     return pair_set(listed, store), listed.pairs
+
+
+def _find(
+    data: DataConfig, augment: AugmentConfig, tests: bool
+) -> tuple[list[Utterance], dict[str, PairList], dict[str, list[Path]]]:
+    """The training list, the pair lists that are wanted, and the recordings of every part by its name."""
+    if "dev" in data.test_pairs:
+        raise ValueError("data.test_pairs has a list named dev, which is the name of data.dev_pairs. Rename it.")
+    root = _root(data)
+    train, lists = _read_lists(data, root)
+    wanted = {name: lists[name] for name in ("dev", *(data.test_pairs if tests else ()))}
+    recordings = {TRAIN: [spoken.path for spoken in train]}
+    recordings |= {f"{name} pairs": list(listed.paths.values()) for name, listed in wanted.items()}
+    recordings |= {f"{kind} clips": _clip_paths(data, kind, root) for kind in _clip_kinds(data, augment)}
+    return train, wanted, recordings
 
 
 def _root(data: DataConfig) -> Path:

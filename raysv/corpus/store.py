@@ -74,9 +74,14 @@ def open_store(paths: Sequence[Path], cache: Path, progress: Progress | None = N
 
     Raises: OSError when the cache cannot be written, a full disk included; what was written is removed.
     """
-    folder = cache / f"waveforms-{_fingerprint(paths)}"
+    folder = store_folder(paths, cache)
     make_once(folder, lambda aside: _build(paths, aside, progress))
     return WaveformStore(folder)
+
+
+def store_folder(paths: Sequence[Path], cache: Path) -> Path:
+    """Where the store of these recordings, as they are now, lies once it is built."""
+    return cache / f"waveforms-{_fingerprint(paths)}"
 
 
 def _fingerprint(paths: Sequence[Path]) -> str:

@@ -99,7 +99,7 @@ def fit(
     if len(history) >= config.training.epochs:
         return
     batches = iter(
-        loader(run.batches, len(history) + 1, config.training.epochs, _loader_workers(config, device), pin=run.on_gpu)
+        loader(run.batches, len(history) + 1, config.training.epochs, loader_workers(config, device), pin=run.on_gpu)
     )
     for epoch in range(len(history) + 1, config.training.epochs + 1):
         metrics = run.train_epoch(epoch, batches)
@@ -247,7 +247,8 @@ def _optimizer(config: Config, learner: Learner) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, chosen.learning_rate, fused=True)
 
 
-def _loader_workers(config: Config, device: torch.device) -> int:
+def loader_workers(config: Config, device: torch.device) -> int:
+    """Processes that read audio ahead for a worker on a device."""
     if config.data.loader_workers is not None:
         return config.data.loader_workers
     return 4 if device.type == "cuda" else 0  # on a CPU the model takes all there is

@@ -181,6 +181,13 @@ def loader(batches: ViewBatches, first_epoch: int, last_epoch: int, workers: int
     return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin)
 
 
+def batch_bytes(config: Config) -> int:
+    """The most that a global batch takes, with every view disturbed in every way."""
+    crop = round(config.batch.crop_seconds * SAMPLE_RATE)
+    view = 4 * (crop + RESPONSE_SAMPLES) + 100  # float32 noise and room, and a few numbers
+    return config.batch.size * (2 * crop + config.batch.views * view + 8)
+
+
 def _unit_gain(waveform: Floats) -> float:
     """What brings a waveform to a mean power of 1; 1 for silence."""
     energy = float(waveform @ waveform)

@@ -81,7 +81,7 @@ def connected() -> Iterator[tuple[str, list[NodeGroup]]]:
     wanted = os.environ.get("RAY_ADDRESS", "")
     with contextlib.ExitStack() as stack:
         try:
-            _knock(wanted)
+            knock(wanted)
             place, private = _start_or_join(wanted, stack)
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -94,8 +94,11 @@ def connected() -> Iterator[tuple[str, list[NodeGroup]]]:
         yield place, groups
 
 
-def _knock(address: str) -> None:
-    """Find out in seconds, where Ray takes minutes, that nobody is there."""
+def knock(address: str) -> None:
+    """Find out in seconds, where Ray takes minutes, that nobody is there.
+
+    Raises: OSError or ValueError when no study could begin at this address.
+    """
     if "://" in address:
         raise ValueError("a study cannot be driven from outside its cluster. Send it there with ray job submit")
     host, _, port = address.rpartition(":")
