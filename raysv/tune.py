@@ -165,8 +165,8 @@ def _rehearse(space: Space, folder: Path, uri: str, corpus: Corpus) -> int:
     search, resources = space.search, space.resources
     least = space.epochs if search.early_stopping == "none" else space.grace_epochs
     epochs = _span({search.trials * least, search.trials * space.epochs})
-    if search.confirm and space.ranges:
-        epochs += f", and at most {(search.confirm + 1) * search.confirm_seeds * space.epochs} to confirm"
+    if space.confirming_runs:
+        epochs += f", and at most {space.confirming_runs * space.epochs} to confirm"
     print(f"Epochs   {epochs}; one is {_span({ViewBatches(config, corpus).steps for config in configs})} steps")
     crops = _span({-(-config.batch.size // resources.workers) * config.batch.views for config in configs})
     seconds = _span({config.batch.crop_seconds for config in configs})

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import subprocess
 from pathlib import Path
@@ -123,7 +124,7 @@ def stages_run(monkeypatch: pytest.MonkeyPatch, cluster_has_room_for: Any) -> li
     """The stages that a driver runs, and whether it goes on with them."""
     done: list[tuple[str, bool]] = []
     monkeypatch.setattr(tuner, "tune_settings", lambda trials: {})
-    monkeypatch.setattr(cluster, "connect", lambda: ("here", []))
+    monkeypatch.setattr(cluster, "connected", lambda: contextlib.nullcontext(("here", [])))
     monkeypatch.setattr(cluster, "alive", lambda: [{}])
     monkeypatch.setattr(tuner, "publish", lambda *_: None)
     monkeypatch.setattr(tuner, "run_stage", lambda stage, *_, resume: done.append((stage.kind, resume)))

@@ -85,9 +85,7 @@ def checkpoint_bytes(space: Space | None) -> float:
 
     models = {config.model for config in space.corners()}
     values = max(sum(weights.numel() for weights in SpeakerEncoder(model).parameters()) for model in models)
-    search = space.search
-    confirming = (search.confirm + 1) * search.confirm_seeds if search.confirm and space.ranges else 0
-    return 3.0 * 4 * values * CHECKPOINTS * (search.trials + confirming)
+    return 3.0 * 4 * values * CHECKPOINTS * (space.search.trials + space.confirming_runs)
 
 
 def mlflow(here: Path) -> Finding:

@@ -166,6 +166,11 @@ class Space:
         return int(self.tree["training"]["epochs"])
 
     @property
+    def confirming_runs(self) -> int:
+        """How many runs at most confirm what the search finds: its winners and the reference, from each new seed."""
+        return (self.search.confirm + 1) * self.search.confirm_seeds if self.search.confirm and self.ranges else 0
+
+    @property
     def grace_epochs(self) -> int:
         """Epochs that every trial gets before it may be stopped early."""
         given, training = self.search.grace_epochs, self.epochs

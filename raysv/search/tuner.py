@@ -247,8 +247,7 @@ def _checked(space: Space, corpus: Corpus) -> dict[str, str]:
 
 def _allot(space: Space, folder: Path, resume: bool, to_come: Sequence[NodeGroup] = ()) -> cluster.Allotment:
     """What trials get; a study keeps the number of trials at a time that it was started with."""
-    confirming = (space.search.confirm + 1) * space.search.confirm_seeds if space.search.confirm and space.ranges else 0
-    most = min(max(space.search.trials, confirming), space.search.concurrent_trials or sys.maxsize)
+    most = min(max(space.search.trials, space.confirming_runs), space.search.concurrent_trials or sys.maxsize)
     before = started(folder).get("concurrent_trials") if resume else None
     allotment = cluster.allot(space.resources, before or most, to_come)
     if before and allotment.concurrent_trials < before:
