@@ -7,7 +7,8 @@
     python -m raysv.train --resume results/RUN                     # go on with a run that was broken off
 
 Trains through the same code as a trial of a study, and ends with the test lists. The encoder is in
-results/RUN/checkpoint, ready for raysv.verify.
+results/RUN/checkpoint, ready for raysv.verify, and in MLflow the newest version of the model raysv-ecapa. The alias
+`best` goes to it unless an earlier one of the same data has an EER on the dev pairs that is as low.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from pathlib import Path
 from raysv.config import parse_settings, read_yaml, with_values
 from raysv.search.commands import door, fetch, python, shown
 from raysv.search.mlflow_store import check, config_of_run, default_tracking_uri
+from raysv.search.registering import MODEL, check_name, register
 from raysv.search.space import Space, per_trial, space_from_dict
-from raysv.search.study import BEST_FILE, Study, find_study, load_space, open_study, read_study, started
+from raysv.search.study import BEST_FILE, Study, find_study, load_space, note_start, open_study, read_study, started
 from raysv.search.tuner import check_data, run_study
 from raysv.verification.metrics import INTERVAL_LEVEL
 
@@ -46,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers-per-trial", type=int, metavar="N", help="DDP workers (resources.workers)")
     parser.add_argument("--gpus-per-trial", type=float, metavar="G", help="for all its workers, or a part of one GPU")
     parser.add_argument("--skip-bad-audio", action="store_true", help="leave out recordings that cannot be used")
+    parser.add_argument("--register", metavar="NAME", help=f"of the model in MLflow's registry (default: {MODEL})")
+    parser.add_argument("--no-register", dest="register", action="store_const", const="", help="register nothing")
     chosen = parser.parse_args(arguments)
     try:
         return _train(chosen)
@@ -60,10 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     if (chosen.source is None) == (chosen.resume is None):
         raise ValueError("Name what to train, or a run to --resume.")
+    if chosen.register:
+        check_name(chosen.register)
     if chosen.resume:
         placed = chosen.workers_per_trial is not None or chosen.gpus_per_trial is not None
         if chosen.set or chosen.epochs or chosen.name or chosen.skip_bad_audio or placed:
-            raise ValueError("--resume goes on with a run as it was started; no other option fits.")
+            raise ValueError("--resume goes on with a run as it was started; no other option fits but --register.")
         folder = find_study(chosen.results, chosen.resume)
         space, uri = load_space(folder), started(folder)["tracking_uri"]
         if space.ranges:
@@ -76,9 +82,12 @@ def _train(chosen: argparse.Namespace) -> int:
         space = _read_source(chosen, uri)
         corpus = check_data(space, tests=True)
         folder = open_study(space, chosen.results, uri, chosen.name or _free_name(chosen.results, space.name))
+        note_start(folder, register=MODEL if chosen.register is None else chosen.register)
     print(f"Training {folder.name} for {space.epochs} epochs")
     print(f"Data     {space.tree['data']['root']}: {corpus}\nResults  {folder}\nMLflow   {uri}", flush=True)
-    return _conclude(run_study(space, folder, corpus, uri, resume=bool(chosen.resume), tests=True), folder)
+    study = run_study(space, folder, corpus, uri, resume=bool(chosen.resume), tests=True)
+    model = started(folder).get("register", MODEL) if chosen.register is None else chosen.register
+    return _conclude(study, folder, uri, model)
 
 
 def _read_source(chosen: argparse.Namespace, uri: str) -> Space:
@@ -110,7 +119,7 @@ def _free_name(results: Path, name: str) -> str:
     return next(free for free in itertools.chain([name], numbered) if not (results / free).exists())
 
 
-def _conclude(study: Study, folder: Path) -> int:
+def _conclude(study: Study, folder: Path, uri: str, model: str) -> int:
     """Put the encoder where it is easily found; print what it is worth and what to do with it."""
     run = study.best
     if study.unfinished:
@@ -126,7 +135,10 @@ def _conclude(study: Study, folder: Path) -> int:
     print()
     for name in lists:
         print(f"{name.ljust(width)}   {_worded(run.metrics, name)}")
-    print(f"\nEncoder  {checkpoint}\n\nNext:")
+    print(f"\nEncoder  {checkpoint}", flush=True)
+    if model:
+        print(f"Model    {register(checkpoint, folder, run.trial_id, uri, model)}")
+    print("\nNext:")
     if command := fetch(checkpoint):
         print(f"  {command}    # bring it here")
         print(f"  python -m raysv.verify {checkpoint.name} a.wav b.wav")

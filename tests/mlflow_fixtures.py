@@ -4,12 +4,19 @@ Plain functions, so that fixtures and Ray's workers may call them.
 """
 
 import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+from cluster_fixtures import free_port
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -86,3 +93,33 @@ def runs(uri: str, kind: str = "trial") -> list[Run]:
 
 def curve(uri: str, run: Run, metric: str = METRIC) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in MlflowClient(uri).get_metric_history(run.info.run_id, metric)]
+
+
+class Server:
+    """MLflow's own server, in front of a database of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        with (self._folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self._folder, stdout=log, stderr=log, text=True, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with socket.socket() as knock:
+                if knock.connect_ex(("127.0.0.1", self._port)) == 0:
+                    return
+            time.sleep(0.5)
+        raise AssertionError((self._folder / "server.log").read_text())
+
+    def send(self, number: int) -> None:
+        """A signal to the server and all below it."""
+        for process in (self.process, *psutil.Process(self.process.pid).children(recursive=True)):
+            os.kill(process.pid, number)

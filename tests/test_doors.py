@@ -176,6 +176,7 @@ def test_the_printed_next_command_trains_the_best_config_and_its_encoder_verifie
     assert written["config"] == {section: best[section] for section in written["config"]}
     assert "2 workers" in printed
     assert "test   EER" in printed
+    assert "Model    raysv-ecapa version " in printed
 
     lists = next((desk.folder / "cache").glob("synthetic-*"))
     _, one, other = (lists / "test_pairs.txt").read_text().splitlines()[0].split()

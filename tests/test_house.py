@@ -17,7 +17,7 @@ HOUSE = Path(raysv.__file__).parent
 GROUND = "config distributed precision"
 FLOORS = (GROUND, "corpus", "speech", "verification", "learning", "search")  # above them, the doors
 UPSTAIRS = {"ray", "optuna", "mlflow", "matplotlib"}
-DOORS = ("prepare", "tune", "train", "verify", "report", "doctor")
+DOORS = ("prepare", "tune", "train", "verify", "export", "report", "doctor")
 
 
 def module_name(file):

@@ -5,9 +5,7 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,10 +16,11 @@ import optuna
 import psutil
 import pytest
 import yaml
-from cluster_fixtures import Cluster, end, free_port
+from cluster_fixtures import Cluster, end
 from desk_fixtures import EPOCHS, SOURCE, SPACE, Desk, printed_until, trials_of
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow_fixtures import Server
 
 from raysv.learning.keeping import newest_intact
 from raysv.search.samplers import draw, make_sampler
@@ -114,36 +113,6 @@ def test_a_study_goes_on_although_tunes_record_of_it_was_torn(desk: Desk) -> Non
     assert {row["outcome"] for row in rows} <= {"complete", "pruned"}
     assert len(ended.items() & {row["trial_id"]: float(row["dev_eer"]) for row in rows}.items()) >= 3
     assert_mlflow_agrees(f"sqlite:///{desk.folder / 'mlflow.db'}", folder)
-
-
-class Server:
-    """MLflow's own server, in front of a database of the test's own."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self._port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        with (self._folder / "server.log").open("a") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self._folder, stdout=log, stderr=log, text=True, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with socket.socket() as knock:
-                if knock.connect_ex(("127.0.0.1", self._port)) == 0:
-                    return
-            time.sleep(0.5)
-        raise AssertionError((self._folder / "server.log").read_text())
-
-    def send(self, number: int) -> None:
-        """A signal to the server and all below it."""
-        for process in (self.process, *psutil.Process(self.process.pid).children(recursive=True)):
-            os.kill(process.pid, number)
 
 
 @pytest.fixture

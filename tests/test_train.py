@@ -22,6 +22,11 @@ class Trained:
         self.asked: list[dict[str, Any]] = []
         self.outcome, self.reason = "complete", ""
         self.metrics: dict[str, float] = {}
+        self.registered: list[tuple[Any, ...]] = []
+
+    def register(self, *given: Any) -> str:
+        self.registered.append(given)
+        return "what came of it"
 
     def __call__(self, space: Space, folder: Path, corpus: Any, uri: str, **options: Any) -> Study:
         self.asked.append({"space": space, "folder": folder, "uri": uri, **options})
@@ -41,6 +46,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
     monkeypatch.setattr(train, "check_data", lambda space, tests: "some data")
     training = Trained(tmp_path)
     monkeypatch.setattr(train, "run_study", training)
+    monkeypatch.setattr(train, "register", training.register)
     return training
 
 
@@ -73,6 +79,40 @@ def test_a_configuration_is_trained_once_to_its_end(
     printed = capsys.readouterr().out
     assert "dev    EER 10.00 %   minDCF(0.01) 0.500\ntest   EER 12.50 %   no interval: too few speakers\n" in printed
     assert "raysv.verify results/train-mine/checkpoint" in printed
+
+
+def test_the_encoder_of_a_run_that_ended_well_is_registered_unless_that_is_not_wanted(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("loss: {margin: 0.3}\n")
+    for options in ([], ["--register", "speakers"], ["--no-register"]):
+        assert train.main(["mine.yaml", *options]) == 0
+    folders = [asked["folder"] for asked in trained.asked]
+    assert trained.registered == [
+        (folders[0] / "checkpoint", folders[0], "id", URI, "raysv-ecapa"),
+        (folders[1] / "checkpoint", folders[1], "id", URI, "speakers"),
+    ]
+    printed = capsys.readouterr().out
+    assert f"Encoder  {folders[0] / 'checkpoint'}\nModel    what came of it\n\nNext:" in printed
+    assert f"Encoder  {folders[2] / 'checkpoint'}\n\nNext:" in printed
+
+
+def test_a_run_goes_on_to_be_registered_as_it_was_started_or_as_it_is_told_now(
+    trained: Trained, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("loss: {margin: 0.3}\n")
+    trained.outcome = "unfinished"
+    assert train.main(["mine.yaml", "--name", "named", "--register", "speakers"]) == 130
+    assert train.main(["mine.yaml", "--name", "unnamed", "--no-register"]) == 130
+    assert trained.registered == []
+    trained.outcome = "complete"
+    for options in (["named"], ["named", "--no-register"], ["unnamed"], ["unnamed", "--register", "late"]):
+        assert train.main(["--resume", *options]) == 0
+    assert [given[-1] for given in trained.registered] == ["speakers", "late"]
+
+
+def test_a_name_that_no_model_can_have_is_refused_before_anything_is_read(refused: Any) -> None:
+    assert "A model cannot be called 'a/b'" in refused("gone.yaml", "--register", "a/b")
 
 
 def test_the_interval_of_a_test_list_s_eer_is_printed(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import pickle
 import platform
@@ -25,15 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from raysv.config import Config, config_from_dict, config_to_dict, read_yaml, write_yaml
+from raysv.config import SAMPLE_RATE, Config, config_from_dict, config_to_dict, read_yaml, write_yaml
 from raysv.speech.encoder import SpeakerEncoder
 from raysv.verification.evaluation import Evaluation
 from raysv.verification.metrics import det_curve
 
 DET_POINTS = 300
+WEIGHTS = "encoder.pt"
+DESCRIPTION = "checkpoint.yaml"
+README = "README.md"
 TRAINING_STATE = "training_state.pt"
 SCORES = "dev_scores.npy"
 HISTORY = "metrics.jsonl"
+FACTS = ("threshold", "threshold_is", "dev_eer", "data_hash")  # of a description, for those who have the encoder alone
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def _save(folder: Path, standing: Standing, encoder: SpeakerEncoder, training_st
         "versions": versions(),
         "config": config_to_dict(standing.config),
     }
-    torch.save(encoder.state_dict(), folder / "encoder.pt")
+    torch.save(encoder.state_dict(), folder / WEIGHTS)
     torch.save(training_state, folder / TRAINING_STATE)
     with (folder / HISTORY).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in standing.history)
@@ -96,8 +101,8 @@ def _save(folder: Path, standing: Standing, encoder: SpeakerEncoder, training_st
         rows.writerow(["p_miss", "p_fa"])
         rows.writerows(zip(*det_curve(standing.dev.scores, standing.dev.same_speaker, DET_POINTS), strict=True))
     np.save(folder / SCORES, standing.dev.scores.astype(np.float32))
-    (folder / "README.md").write_text(_readme(standing), encoding="utf-8")
-    write_yaml(description, folder / "checkpoint.yaml")
+    (folder / README).write_text(_readme(standing), encoding="utf-8")
+    write_yaml(description, folder / DESCRIPTION)
 
 
 def load_encoder(folder: Path | str) -> SpeakerEncoder:
@@ -108,7 +113,7 @@ def load_encoder(folder: Path | str) -> SpeakerEncoder:
     folder = Path(folder)
     config, _ = describe_checkpoint(folder)
     encoder = SpeakerEncoder(config.model)
-    weights = _load(folder / "encoder.pt")
+    weights = _load(folder / WEIGHTS)
     try:
         encoder.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -124,7 +129,7 @@ def describe_checkpoint(folder: Path) -> tuple[Config, dict[str, Any]]:
 
     Raises: ValueError when the folder is not a checkpoint.
     """
-    file = folder / "checkpoint.yaml"
+    file = folder / DESCRIPTION
     if not file.is_file():
         raise ValueError(
             f"{folder} is no checkpoint: it has no checkpoint.yaml. Name the folder that raysv.train wrote."
@@ -136,6 +141,19 @@ def describe_checkpoint(folder: Path) -> tuple[Config, dict[str, Any]]:
         if not isinstance(description.get(key), kind):
             raise ValueError(f"{file}: {key} is {description.get(key)!r}. The checkpoint is damaged.")
     return config_from_dict(description.pop("config")), description
+
+
+def encoder_facts(folder: Path) -> dict[str, str]:
+    """What whoever uses an encoder away from its checkpoint has to know of it, as text.
+
+    Raises: ValueError when the folder is not a checkpoint.
+    """
+    config, description = describe_checkpoint(folder)
+    noted = {key: str(description[key]) for key in FACTS if key in description}
+    with (folder / WEIGHTS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    shape = {"sample_rate": str(SAMPLE_RATE), "embedding_dim": str(config.model.embedding_dim)}
+    return shape | noted | {"encoder_sha256": digest, "written_by": f"raysv {version('raysv')}"}
 
 
 def load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, float]]]:
@@ -150,7 +168,7 @@ def load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any], l
             f"{folder / HISTORY} cannot be right: it has {len(history)} epochs, checkpoint.yaml "
             f"{description['epoch']}. The checkpoint is incomplete or damaged."
         )
-    return _load(folder / "encoder.pt"), _load(folder / TRAINING_STATE), history
+    return _load(folder / WEIGHTS), _load(folder / TRAINING_STATE), history
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:

@@ -60,7 +60,8 @@ class Fbank(nn.Module):
                 f"Features need at least {FRAME_SAMPLES} samples (25 ms at 16 kHz), got {samples}. "
                 "Leave such recordings out or repeat them."
             )
-        if waveforms.device.type == "cpu" and waveforms.dim() == 2:
+        exported = torch.compiler.is_exporting()  # into a graph, which takes any number of waveforms at once
+        if waveforms.device.type == "cpu" and waveforms.dim() == 2 and not exported:
             return torch.cat([self._log_mel(part) for part in waveforms.split(CPU_ROWS)])
         return self._log_mel(waveforms)
 
