@@ -12,6 +12,7 @@ import pytest
 import yaml
 from desk_fixtures import (
     EPOCHS,
+    SECRET,
     SOURCE,
     TRIALS,
     Desk,
@@ -106,6 +107,15 @@ def test_a_study_confirms_its_best_from_new_seeds_although_it_is_killed_meanwhil
         item.path for item in client.list_artifacts(parent.info.run_id)
     }
     assert "is complete" in desk.run("tune.py", "--resume", "confirmed")
+
+
+@pytest.mark.slow
+def test_a_secret_in_the_environment_is_in_nothing_that_a_study_leaves(desk: Desk, study: tuple[Path, str]) -> None:
+    assert SECRET in desk.environment.values()
+    assert SECRET not in study[1]
+    left = [file for file in desk.folder.rglob("*") if file.is_file()]
+    assert {"mlflow.db", "optuna.db", "checkpoint.yaml", "started.yaml", "tuner.pkl"} <= {file.name for file in left}
+    assert [file for file in left if SECRET.encode() in file.read_bytes()] == []
 
 
 @pytest.mark.slow

@@ -27,11 +27,29 @@ def test_an_address_without_mlflow_is_an_error_that_names_it(address: str) -> No
         mlflow_store.check(address)
 
 
-@pytest.mark.parametrize("uri", ["https://me:hidden@mlflow.example/", "postgresql://me:hidden@db.example/mlflow"])
-def test_an_address_with_a_password_is_refused_and_the_password_not_repeated(uri: str) -> None:
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://me:hidden@mlflow.example/",
+        "https://hidden@mlflow.example/",
+        "https://mlflow.example/?token=hidden",
+        "https://me:hid@den@mlflow.example/",
+        "postgresql://me:hidden@db.example/mlflow",
+        "postgresql://db.example/mlflow?user=me&password=hidden",
+        "mysql+pymysql://db.example/mlflow?ssl_key_passwd=hidden&charset=utf8",
+    ],
+)
+def test_an_address_with_a_secret_is_refused_and_the_secret_not_repeated(uri: str) -> None:
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as caught:
         mlflow_store.check(uri)
-    assert "hidden" not in str(caught.value)
+    assert not any(part in str(caught.value) for part in ("hidden", "hid@", "den@"))
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://me@db.example/mlflow?passfile=x", "sqlite:////a:b@c/mlflow.db", "http://127.0.0.1:5000"]
+)
+def test_an_address_without_a_secret_is_told_as_it_is(uri: str) -> None:
+    assert mlflow_store._without_secrets(uri) == uri
 
 
 def test_a_new_database_is_made_whole_beside_no_remains(tmp_path: Path) -> None:

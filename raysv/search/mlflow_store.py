@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import urllib.error
 import urllib.request
 import uuid
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -53,11 +54,11 @@ def check(uri: str) -> None:
 
     Raises: ValueError naming the address and what is wrong with it.
     """
-    if urlsplit(uri).password is not None:
+    if (told := _without_secrets(uri)) != uri:
         raise ValueError(
-            f"MLflow's address holds a password ({_without_password(uri)}), and addresses are printed and kept with a "
-            "study. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server; for a database use what "
-            "its client reads, such as PGPASSFILE."
+            f"MLflow's address holds a password or token ({told}), and addresses are printed and kept with a study. "
+            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for a server; for a "
+            "database use what its client reads, such as PGPASSFILE."
         )
     try:
         if uri.startswith(("http://", "https://")):
@@ -85,9 +86,12 @@ def _make(database: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":...@")
+def _without_secrets(uri: str) -> str:
+    """An address with dots for a password, for whoever is named to a server (it may be a token), and for a secret among
+    what stands behind `?`."""
+    server = uri.startswith(("http://", "https://"))
+    hidden = re.sub("(?<=://)[^/?]*@" if server else "(?<=://)([^/?:@]*:)[^/?]*@", "...@", uri)
+    return re.sub(r"([?&][^=&]*(?:pass(?:word|wd)?|pwd|token|secret|key)=)[^&]*", r"\1...", hidden, flags=re.IGNORECASE)
 
 
 def experiment_id(uri: str, name: str) -> str:
