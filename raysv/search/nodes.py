@@ -37,7 +37,8 @@ def refuse_other_code(driver: Mapping[str, str]) -> None:
     if differing:
         raise ValueError(
             f"{socket.gethostname()} has {', '.join(differing)} as the driver of the study. Install the same on all "
-            "nodes (with Ray's launcher: ray up --no-restart CLUSTER.yaml), and restart Ray where it was another."
+            "nodes (with Ray's launcher: ray up --no-restart CLUSTER.yaml), and restart Ray where it was another. If "
+            "raysv's source was edited while the study ran, go on with --resume: a driver keeps what it started with."
         )
 
 

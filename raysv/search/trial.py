@@ -95,7 +95,8 @@ def run_trial(values: dict[str, Any], job: Job) -> None:
 
             team_of(resources.workers, tuple(job.worker_resources.items()), job.storage).train(task, report)
     except RuntimeError as error:
-        if NO_ROOM not in str(error):
+        shares = 0 < job.gpus_per_worker < 1  # with others on its GPU, which may have taken the room
+        if NO_ROOM not in str(error) or shares:
             raise
         # an answer, not an accident: trying again would not fit either, and the search is to learn from it
         reason = next(line for line in str(error).splitlines() if NO_ROOM in line)

@@ -103,6 +103,7 @@ def run_study(
     Raises: ValueError when the cluster has no room for a trial, a study cannot go on as it was left, or another driver
         runs it.
     """
+    code()  # as it is now; processes that start later compare theirs
     with driving(folder):
         return _drive(space, folder, corpus, tracking_uri, resume, tests, earlier)
 

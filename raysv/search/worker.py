@@ -40,6 +40,7 @@ def train(task: Task, report: Callable[[Result], None], device: torch.device) ->
     gc.collect()  # the process has trained before; only now nothing refers to that any more
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     else:
         torch.set_num_threads(task.threads)
     sweep()
