@@ -198,3 +198,19 @@ def test_paths_need_not_be_absolute(tmp_path, monkeypatch):
     write(tmp_path / "a.wav")
     monkeypatch.chdir(tmp_path)
     assert open_store([Path("a.wav")], Path("cache")).lengths.tolist() == [500]
+
+
+def test_long_recordings_are_not_decoded_far_ahead(tmp_path, monkeypatch):
+    """Of a writer that does not keep up with the threads."""
+    decoded, ahead = [], []
+
+    def read(path):
+        decoded.append(path)
+        return np.zeros(store.AHEAD_SAMPLES // 4, np.int16)
+
+    monkeypatch.setattr(store, "read_audio", read)
+    for written, _ in enumerate(store._decoded([tmp_path] * 60)):
+        time.sleep(0.01)
+        ahead.append(len(decoded) - written)
+    assert len(ahead) == len(decoded) == 60
+    assert max(ahead) <= 4 + 2 * store.THREADS

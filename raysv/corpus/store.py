@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,13 @@ from raysv.corpus.cache import make_once, mapped
 from raysv.corpus.groups import Indices
 
 FORMAT = 2  # a new number makes every store anew
-AHEAD = 64  # recordings decoded ahead of the one that is written: bounds the memory of building
+THREADS = min(8, os.cpu_count() or 1)
+# Decoded ahead of the recording that is written are this many, but no more once they have so many samples (0.1 GB);
+# with two for each thread that may come on top, that bounds the memory of building.
+AHEAD, AHEAD_SAMPLES = 64, 50_000_000
 
 Progress = Callable[[int, int], None]
+Decoding = Future[Waveform | BadAudio]
 
 
 class WaveformStore:
@@ -125,9 +129,18 @@ def _decoded(paths: Sequence[Path]) -> Iterator[Waveform | BadAudio]:
         except BadAudio as problem:
             return problem
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        remaining = iter(paths)
-        waiting = [pool.submit(decode, path) for path in islice(remaining, AHEAD)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [pool.submit(decode, path) for path in islice(remaining, 1)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        remaining, waiting = iter(paths), deque[Decoding]()
+        while True:
+            while _may_decode(waiting) and (path := next(remaining, None)) is not None:
+                waiting.append(pool.submit(decode, path))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+
+
+def _may_decode(waiting: Collection[Decoding]) -> bool:
+    """Whether another recording may be decoded ahead of these."""
+    done = [each.result() for each in waiting if each.done()]
+    samples = sum(len(outcome) for outcome in done if not isinstance(outcome, BadAudio))
+    return len(waiting) < AHEAD and len(waiting) - len(done) < 2 * THREADS and samples < AHEAD_SAMPLES
