@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -55,12 +56,89 @@ def test_no_checkout_lies_where_it_would_hide_the_installed_package(file: Path) 
 @pytest.mark.parametrize("file", LAUNCHED, ids=name_of)
 def test_what_is_installed_has_the_versions_of_the_readme(file: Path) -> None:
     config = yaml.safe_load(file.read_text())
-    installs = [command for command in config["setup_commands"] if "pip install" in command]
-    assert [command.rpartition("&& ")[2] for command in installs] == [
-        "~/raysv-venv/bin/pip install -q -c ~/raysv-source/constraints.txt ~/raysv-source"
-    ]
+    (install,) = [command for command in config["setup_commands"] if "pip install -q -c" in command]
+    assert "~/raysv-venv/bin/pip install -q -c ~/raysv-source/constraints.txt ~/raysv-source" in install
     for part in BUILT_FROM:
         assert config["file_mounts"][f"~/raysv-source/{part}"] == part
+
+
+PYTHON3 = """#!/bin/sh
+echo venv >> ~/log
+mkdir -p ~/raysv-venv/bin
+cp ~/tools/pip.sh ~/raysv-venv/bin/python && chmod +x ~/raysv-venv/bin/python
+sleep 0.1
+cp ~/tools/pip.sh ~/raysv-venv/bin/pip && chmod +x ~/raysv-venv/bin/pip
+"""
+PIP = """#!/bin/sh
+echo install >> ~/log
+mkdir ~/raysv-source/build || exit 1
+sleep 0.1
+test ! -e ~/broken || exit 1
+echo installed >> ~/log
+"""
+
+
+class Home:
+    """One home of three machines of `cluster/local.yaml`, where a stand-in for pip keeps a log."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for file, text in (("tools/python3", PYTHON3), ("tools/pip.sh", PIP), ("raysv-source/raysv/tune.py", "")):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text)
+        (folder / "tools" / "python3").chmod(0o755)
+        (folder / ".bashrc").write_text("# mine\n")
+
+    def set_up(self) -> list[int]:
+        """What the launcher does, on all machines at once; their exit statuses."""
+        commands = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())["setup_commands"]
+        path = f"{self.folder / 'tools'}:{os.environ['PATH']}"
+        machines = [
+            subprocess.Popen(
+                ["bash", "-c", " && ".join(f"({command})" for command in commands)],
+                env={"HOME": str(self.folder), "PATH": path, "HOSTNAME": f"machine{number}"},
+            )
+            for number in range(3)
+        ]
+        return [machine.wait(timeout=60) for machine in machines]
+
+    def log(self) -> list[str]:
+        """What was done since this was last asked."""
+        lines = (self.folder / "log").read_text().split()
+        (self.folder / "log").write_text("")
+        return lines
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+def test_machines_that_share_a_home_set_it_up_once(home: Home) -> None:
+    assert home.set_up() == [0, 0, 0]
+    assert home.log() == ["venv", "install", "installed"]
+    assert (home.folder / ".bashrc").read_text() == f"# mine\n. {home.folder}/.raysv-env\n"
+    assert "RAY_AUTH_MODE=token" in (home.folder / ".raysv-env").read_text()
+    assert not list(home.folder.glob(".raysv-env.*"))
+
+
+def test_a_home_is_set_up_again_when_the_source_has_changed_and_not_before(home: Home) -> None:
+    home.set_up()
+    home.log()
+    assert home.set_up() == [0, 0, 0]
+    assert home.log() == []
+    (home.folder / "raysv-source" / "raysv" / "tune.py").write_text("changed")
+    assert home.set_up() == [0, 0, 0]
+    assert home.log() == ["install", "installed"]
+
+
+def test_what_could_not_be_installed_is_tried_again(home: Home) -> None:
+    (home.folder / "broken").touch()
+    assert home.set_up() == [1, 1, 1]
+    assert home.log() == ["venv", "install", "install", "install"]
+    (home.folder / "broken").unlink()
+    assert home.set_up() == [0, 0, 0]
+    assert home.log() == ["install", "installed"]
 
 
 def test_the_image_is_built_from_what_is_installed_elsewhere() -> None:
