@@ -11,11 +11,13 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raysv.search.autoscaling import VARIABLE, node_groups
-from raysv.search.commands import CLUSTER_VARIABLE
+from raysv.search.commands import CLUSTER_VARIABLE, serve
+from raysv.search.mlflow_store import default_tracking_uri
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for path in (ROOT / "cluster").iterdir() if path.suffix in (".yaml", ".sbatch"))
-LAUNCHED = [ROOT / "cluster" / f"{name}.yaml" for name in ("local", "aws", "gcp")]
+CLOUDS = [ROOT / "cluster" / f"{name}.yaml" for name in ("aws", "gcp")]
+LAUNCHED = [ROOT / "cluster" / "local.yaml", *CLOUDS]
 BUILT_FROM = ("raysv", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 KUBERAY, SLURM = ROOT / "cluster" / "kuberay.yaml", ROOT / "cluster" / "slurm.sbatch"
 
@@ -38,7 +40,7 @@ def test_a_cluster_file_is_what_rays_launcher_takes(file: Path) -> None:
     validate_config(prepare_config(yaml.safe_load(file.read_text())))
 
 
-@pytest.mark.parametrize("file", [ROOT / "cluster" / f"{name}.yaml" for name in ("aws", "gcp")], ids=name_of)
+@pytest.mark.parametrize("file", CLOUDS, ids=name_of)
 def test_in_a_cloud_the_head_stays_and_gpu_nodes_come_from_none_as_spot_instances(file: Path) -> None:
     config = prepare_config(yaml.safe_load(file.read_text()))
     head, gpu = (config["available_node_types"][name] for name in ("head", "gpu"))
@@ -149,6 +151,28 @@ def test_the_image_is_built_from_what_is_installed_elsewhere() -> None:
 @pytest.mark.parametrize("file", LAUNCHED, ids=name_of)
 def test_a_study_is_told_how_its_cluster_is_called_at_home(file: Path) -> None:
     assert f"{CLUSTER_VARIABLE}=cluster/{file.name}" in file.read_text()
+
+
+@pytest.mark.parametrize("file", CLOUDS, ids=name_of)
+def test_in_a_cloud_mlflows_store_outlives_the_head_and_is_served_from_where_a_study_writes_it(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = yaml.safe_load(file.read_text())["setup_commands"]
+    (writes,) = [command for command in setup if "> ~/.raysv-env" in command]
+    told = subprocess.run(
+        ["bash", "-c", f"{writes} && . ~/.raysv-env && env"],
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    environment = dict(line.split("=", 1) for line in told.stdout.splitlines())
+    for name in ("MLFLOW_TRACKING_URI", CLUSTER_VARIABLE):
+        monkeypatch.setenv(name, environment[name])
+    uri = default_tracking_uri(tmp_path)
+    assert Path(uri.removeprefix("sqlite:///")).parent == Path("/shared/mlflow")
+    assert any("cd /shared &&" in command and "sudo chown $USER results mlflow" in command for command in setup)
+    assert serve(uri) in file.read_text()
 
 
 @pytest.mark.parametrize("file", LAUNCHED, ids=name_of)
