@@ -1,6 +1,8 @@
 import os
 import re
 import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from raysv.search.autoscaling import VARIABLE, node_groups
 from raysv.search.commands import CLUSTER_VARIABLE, serve
 from raysv.search.mlflow_store import default_tracking_uri
+from raysv.search.study import SPACE_FILE, find_study
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for path in (ROOT / "cluster").iterdir() if path.suffix in (".yaml", ".sbatch"))
@@ -215,9 +218,131 @@ def test_the_kuberay_job_has_rays_version_a_token_and_mlflow_on_loopback() -> No
     assert f"FROM rayproject/ray:{pinned('ray')}-" in (ROOT / "cluster" / "Dockerfile").read_text()
 
 
-def test_the_slurm_script_is_a_script_with_a_token() -> None:
-    subprocess.run(["bash", "-n", str(SLURM)], check=True)
-    assert "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(" in SLURM.read_text()
+def test_a_slurm_job_has_whole_nodes_with_all_their_memory_and_may_be_requeued() -> None:
+    head, _, _ = SLURM.read_text().partition("\nset -euo pipefail")
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)", head, re.MULTILINE))
+    assert {"exclusive", "requeue"} <= set(options)
+    assert (options["mem"], options["ntasks-per-node"], options["open-mode"]) == ("0", "1", "append")
+
+
+TOOLS = {  # of Slurm and Ray, as far as cluster/slurm.sbatch sees them: what each is asked goes into log/
+    "srun": """
+        while [[ $1 == --* ]]; do echo "$1" >> log/srun; shift; done
+        for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
+        for task in "${tasks[@]}"; do wait "$task" || status=$?; done
+        exit ${status:-0}
+    """,
+    "scontrol": """
+        [ "$1 $2 $3" = "show hostnames nodes" ]
+        for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do echo "node$node"; done
+    """,
+    "ray": """
+        printf '%s\\n' "$@" > "log/ray$SLURM_NODEID"
+        while [ "$1" != -- ]; do shift; done
+        if [ "$SLURM_NODEID" = 0 ]; then shift; "$@"; fi
+    """,
+    "python": f"""
+        if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
+        printf '%s\\n' "$@" > log/door
+        env > log/environment
+        exit ${{DOOR_STATUS:-0}}
+    """,
+}
+
+
+class Job:
+    """A job of `cluster/slurm.sbatch` on nodes that are processes here, with stand-ins for Slurm and Ray."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for part in ("venv/bin", "log", "disk"):
+            (folder / part).mkdir(parents=True)
+        for name, text in TOOLS.items():
+            tool = folder / "venv" / "bin" / name
+            tool.write_text(f"#!/bin/bash\nset -e\n{textwrap.dedent(text)}")
+            tool.chmod(0o755)
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "USER": "me",
+            "VENV": "venv",
+            "LOCAL": str(folder / "disk"),
+            "SLURM_JOB_ID": "12345",
+            "SLURM_JOB_NUM_NODES": "3",
+            "SLURM_JOB_NODELIST": "nodes",
+            "SLURM_CPUS_ON_NODE": "8",
+        }
+
+    def run(self, *arguments: str, **environment: str) -> int:
+        """Run it to its end; its exit status."""
+        return subprocess.run(
+            ["bash", str(SLURM), *arguments], cwd=self.folder, env=self.environment | environment, timeout=60
+        ).returncode
+
+    def log(self, name: str) -> list[str]:
+        return (self.folder / "log" / name).read_text().splitlines()
+
+    def begin_study(self, folder: str) -> None:
+        (self.folder / folder).mkdir(parents=True)
+        (self.folder / folder / SPACE_FILE).touch()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def test_a_slurm_job_starts_ray_on_all_its_nodes_and_the_study_on_the_first(job: Job) -> None:
+    assert job.run("space.yaml", "--set", "data.root=/my corpora") == 0
+    assert set(job.log("srun")) == {"--nodes=3", "--ntasks-per-node=1"}
+    address = "node0:22345"
+    for node in range(3):
+        asked = job.log(f"ray{node}")
+        assert asked[: asked.index("--")] == [
+            *("symmetric-run", "--address", address, "--min-nodes", "3", "--num-cpus", "8")
+        ]
+    assert job.log("door") == [
+        *("-m", "raysv.tune", "space.yaml", "--set", "data.root=/my corpora", "--name", "slurm-12345")
+    ]
+    environment = dict(line.split("=", 1) for line in job.log("environment") if "=" in line)
+    assert environment["RAY_ADDRESS"] == address
+    assert environment["RAYSV_CACHE"] == f"{job.folder}/disk/raysv-cache-me"
+    assert environment["RAY_AUTH_MODE"] == "token" and len(environment["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_a_slurm_job_trains_one_configuration_and_ends_as_it_does(job: Job) -> None:
+    assert job.run("best_config.yaml", DOOR="raysv.train", DOOR_STATUS="3") == 3
+    assert job.log("door") == ["-m", "raysv.train", "best_config.yaml", "--name", "slurm-12345"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "study"),
+    [
+        ("", "results/slurm-12345"),
+        ("--name mine", "results/mine"),
+        ("--results elsewhere", "elsewhere/slurm-12345"),
+        ("--results=elsewhere --name=mine", "elsewhere/mine"),
+    ],
+)
+def test_a_requeued_slurm_job_goes_on_with_its_study(job: Job, arguments: str, study: str) -> None:
+    job.run("space.yaml", *arguments.split(), SLURM_RESTART_COUNT="1")
+    assert "--resume" not in job.log("door")  # it was broken off before it had begun one
+    job.begin_study(study)
+    job.run("space.yaml", *arguments.split(), SLURM_RESTART_COUNT="1")
+    assert job.log("door") == ["-m", "raysv.tune", "--resume", study]
+    assert find_study(Path("results"), str(job.folder / study)) == job.folder / study
+
+
+def test_a_slurm_job_that_is_not_requeued_leaves_it_to_raysv_to_refuse_a_name_that_is_taken(job: Job) -> None:
+    job.begin_study("results/mine")
+    job.run("space.yaml", "--name", "mine")
+    assert "--resume" not in job.log("door")
+
+
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_a_slurm_job_that_resumes_a_study_does_so_again_when_it_is_requeued(job: Job, restarts: str) -> None:
+    job.begin_study("results/mine")
+    job.run("--resume", "mine", SLURM_RESTART_COUNT=restarts)
+    assert job.log("door") == ["-m", "raysv.tune", "--resume", "mine"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
