@@ -1,8 +1,10 @@
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -228,7 +230,9 @@ def test_a_slurm_job_has_whole_nodes_with_all_their_memory_and_may_be_requeued()
 TOOLS = {  # of Slurm and Ray, as far as cluster/slurm.sbatch sees them: what each is asked goes into log/
     "srun": """
         while [[ $1 == --* ]]; do echo "$1" >> log/srun; shift; done
-        for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
+        for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+            SLURM_NODEID=$node RAY_TMPDIR=${RAY_TMPDIR/disk/disk$node} "$@" & tasks+=($!)
+        done
         for task in "${tasks[@]}"; do wait "$task" || status=$?; done
         exit ${status:-0}
     """,
@@ -238,6 +242,9 @@ TOOLS = {  # of Slurm and Ray, as far as cluster/slurm.sbatch sees them: what ea
     """,
     "ray": """
         printf '%s\\n' "$@" > "log/ray$SLURM_NODEID"
+        touch "$RAY_TMPDIR/session"
+        trap 'sleep 0.3; mkdir -p "$RAY_TMPDIR/session_logs"; exit 1' TERM
+        if [ "$HANGS" ]; then sleep 60 & wait; fi
         while [ "$1" != -- ]; do shift; done
         if [ "$SLURM_NODEID" = 0 ]; then shift; "$@"; fi
     """,
@@ -255,7 +262,7 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for part in ("venv/bin", "log", "disk"):
+        for part in ("venv/bin", "log"):
             (folder / part).mkdir(parents=True)
         for name, text in TOOLS.items():
             tool = folder / "venv" / "bin" / name
@@ -277,6 +284,22 @@ class Job:
         return subprocess.run(
             ["bash", str(SLURM), *arguments], cwd=self.folder, env=self.environment | environment, timeout=60
         ).returncode
+
+    def end_early(self) -> None:
+        """Run it until Ray is up, end it as Slurm does, each process of each node, and wait for all of them."""
+        running = subprocess.Popen(
+            ["bash", str(SLURM)],
+            cwd=self.folder,
+            env=self.environment | {"HANGS": "1"},
+            stdout=subprocess.PIPE,  # which is at its end when all processes are
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 60
+        while len(list(self.folder.glob("disk?/*/session"))) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGTERM)
+        running.communicate(timeout=60)
 
     def log(self, name: str) -> list[str]:
         return (self.folder / "log" / name).read_text().splitlines()
@@ -343,6 +366,17 @@ def test_a_slurm_job_that_resumes_a_study_does_so_again_when_it_is_requeued(job:
     job.begin_study("results/mine")
     job.run("--resume", "mine", SLURM_RESTART_COUNT=restarts)
     assert job.log("door") == ["-m", "raysv.tune", "--resume", "mine"]
+
+
+@pytest.mark.parametrize("status", ["0", "2"])
+def test_a_slurm_job_leaves_nothing_of_rays_on_its_nodes(job: Job, status: str) -> None:
+    assert job.run("space.yaml", DOOR_STATUS=status) == int(status)
+    assert [[*disk.iterdir()] for disk in job.folder.glob("disk?")] == [[]] * 3
+
+
+def test_a_slurm_job_that_is_ended_early_waits_for_ray_and_leaves_nothing_of_it(job: Job) -> None:
+    job.end_early()
+    assert [[*disk.iterdir()] for disk in job.folder.glob("disk?")] == [[]] * 3
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
