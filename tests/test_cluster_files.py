@@ -240,8 +240,20 @@ TOOLS = {  # of Slurm and Ray, as far as cluster/slurm.sbatch sees them: what ea
         [ "$1 $2 $3" = "show hostnames nodes" ]
         for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do echo "node$node"; done
     """,
+    "getent": """
+        [ "$1" = ahosts ]
+        for kind in STREAM DGRAM RAW; do echo "10.0.0.${2#node} $kind $2"; done
+    """,
+    "ip": """
+        [ "$1 $2 $3" = "-o route get" ]
+        case $4 in
+          *."$SLURM_NODEID") echo "local $4 dev lo table local src $4 uid 0 \\\\    cache <local>" ;;
+          *) echo "$4 ${GATEWAY:+via 10.1.0.1} dev eth$SLURM_NODEID src 10.0.0.$SLURM_NODEID uid 0 \\\\    cache" ;;
+        esac
+    """,
     "ray": """
         printf '%s\\n' "$@" > "log/ray$SLURM_NODEID"
+        env > "log/environment$SLURM_NODEID"
         touch "$RAY_TMPDIR/session"
         trap 'sleep 0.3; mkdir -p "$RAY_TMPDIR/session_logs"; exit 1' TERM
         if [ "$HANGS" ]; then sleep 60 & wait; fi
@@ -304,6 +316,9 @@ class Job:
     def log(self, name: str) -> list[str]:
         return (self.folder / "log" / name).read_text().splitlines()
 
+    def environment_of(self, who: str) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in self.log(f"environment{who}") if "=" in line)
+
     def begin_study(self, folder: str) -> None:
         (self.folder / folder).mkdir(parents=True)
         (self.folder / folder / SPACE_FILE).touch()
@@ -326,7 +341,7 @@ def test_a_slurm_job_starts_ray_on_all_its_nodes_and_the_study_on_the_first(job:
     assert job.log("door") == [
         *("-m", "raysv.tune", "space.yaml", "--set", "data.root=/my corpora", "--name", "slurm-12345")
     ]
-    environment = dict(line.split("=", 1) for line in job.log("environment") if "=" in line)
+    environment = job.environment_of("")
     assert environment["RAY_ADDRESS"] == address
     assert environment["RAYSV_CACHE"] == f"{job.folder}/disk/raysv-cache-me"
     assert environment["RAY_AUTH_MODE"] == "token" and len(environment["RAY_AUTH_TOKEN"]) == 64
@@ -366,6 +381,37 @@ def test_a_slurm_job_that_resumes_a_study_does_so_again_when_it_is_requeued(job:
     job.begin_study("results/mine")
     job.run("--resume", "mine", SLURM_RESTART_COUNT=restarts)
     assert job.log("door") == ["-m", "raysv.tune", "--resume", "mine"]
+
+
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@pytest.mark.parametrize("gateway", ["", "yes"])
+def test_the_nodes_of_a_slurm_job_meet_on_the_interface_by_which_each_reaches_another(job: Job, gateway: str) -> None:
+    assert job.run("space.yaml", GATEWAY=gateway) == 0
+    for node in range(3):
+        environment = job.environment_of(str(node))
+        assert [environment[name] for name in INTERFACES] == [f"eth{node}"] * 2
+
+
+def test_a_slurm_job_keeps_the_interface_that_is_set_and_one_node_needs_none(job: Job) -> None:
+    assert job.run("space.yaml", NCCL_SOCKET_IFNAME="ib0") == 0
+    assert [job.environment_of("1")[name] for name in INTERFACES] == ["eth1", "ib0"]
+    (job.folder / "venv" / "bin" / "ip").unlink()
+    (job.folder / "venv" / "bin" / "getent").unlink()
+    assert job.run("space.yaml", GLOO_SOCKET_IFNAME="bond0") == 0
+    assert [job.environment_of("1")[name] for name in INTERFACES] == ["bond0"] * 2
+    assert job.run("space.yaml", SLURM_JOB_NUM_NODES="1") == 0
+    assert not set(INTERFACES) & set(job.environment_of("0"))
+
+
+def test_a_slurm_job_says_how_to_name_the_interface_that_it_does_not_find(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (job.folder / "venv" / "bin" / "getent").write_text("#!/bin/sh\nexit 2\n")
+    assert job.run("space.yaml") != 0
+    assert "Set GLOO_SOCKET_IFNAME to the interface" in capfd.readouterr().err
+    assert not (job.folder / "log" / "door").exists()
 
 
 @pytest.mark.parametrize("status", ["0", "2"])
