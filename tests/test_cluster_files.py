@@ -352,6 +352,11 @@ def test_a_slurm_job_trains_one_configuration_and_ends_as_it_does(job: Job) -> N
     assert job.log("door") == ["-m", "raysv.train", "best_config.yaml", "--name", "slurm-12345"]
 
 
+def test_a_slurm_job_has_the_token_that_it_is_given(job: Job) -> None:
+    job.run("space.yaml", RAY_AUTH_TOKEN="mine")
+    assert {job.environment_of(node)["RAY_AUTH_TOKEN"] for node in "012"} == {"mine"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "study"),
     [
